@@ -1,0 +1,29 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: setup lint test fast demo
+setup: $(VENV)/.installed
+
+# One stamp for the environment: it is made anew when a requirement changes.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[test]"
+	touch $@
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# CI is unset because it hides a telemetry call of TRL that every user makes and that a diffusion model cannot answer.
+test: lint
+	env -u CI OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+fast: lint
+	env -u CI OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+
+# Aligns examples/emoji's base model with likes and dislikes; pictures and figures in outputs/demo.
+demo: setup
+	$(BIN)/python examples/emoji/demo.py --output_dir outputs/demo

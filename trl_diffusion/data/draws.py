@@ -1,0 +1,56 @@
+"""Randomness as a function: what is random about an example depends on (seed, epoch, example), on nothing else.
+
+Timestep, noise, posterior sample, crop, flip and prompt dropout of an example come from generators keyed by these
+numbers. Hence a batch may be split over ranks, workers and micro-batches in any way without a change in the numbers,
+and a resumed run draws what the uninterrupted run would have drawn.
+"""
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+
+# The epoch number of evaluation draws: they stay the same during the whole training.
+EVALUATION = -1
+
+
+class ExampleKey(NamedTuple):
+    """Names one visit to one example: row `index` of the data set, in `epoch`, for the `repeat`-th time."""
+
+    index: int
+    epoch: int = EVALUATION
+    repeat: int = 0
+
+
+@dataclass(frozen=True)
+class Draws:
+    """
+    The random numbers of one visit to one example.
+
+    Each purpose has a stream of its own: switching random flips on, say, leaves the timesteps and the noise as they
+    were.
+
+    Args:
+        seed (`int`): Seed of the run.
+        key ([`ExampleKey`]): The visit.
+    """
+
+    seed: int
+    key: ExampleKey
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A CPU generator for one purpose. CPU, so that the numbers are the same on every device."""
+        packed = struct.pack("<qqqq", self.seed, self.key.epoch, self.key.index, self.key.repeat)
+        digest = hashlib.blake2b(packed + purpose.encode(), digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+    def uniform(self, purpose: str) -> float:
+        """A number in [0, 1)."""
+        return torch.rand((), generator=self.generator(purpose), dtype=torch.float64).item()
+
+    def normal(self, purpose: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Independent standard normal numbers, float32."""
+        return torch.randn(shape, generator=self.generator(purpose))

@@ -1,0 +1,122 @@
+"""From rows to training examples: pixels, prompt, label, and the example's own random numbers."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch.utils import data as torch_data
+
+from .draws import Draws, ExampleKey
+from .formats import check_row
+from .images import ImageTransform
+
+
+@dataclass(frozen=True)
+class ExampleBuilder:
+    """
+    Turns a row and its key into an example.
+
+    The images of one row (the two of a pair) share timestep, noise, crop, flip and prompt dropout, as in
+    Diffusion-DPO.
+
+    Args:
+        columns (`list[str]`): Columns to read.
+        image_columns (`tuple[str, ...]`): Those of them that hold images, in the order of the example's pixels.
+        transform ([`ImageTransform`]): Applied to each image.
+        latent_shape (`tuple[int, ...]`): Shape of one noise sample, e.g. `(4, 64, 64)`.
+        proportion_empty_prompts (`float`): Probability that a training example loses its prompt.
+        seed (`int`): Seed of the draws.
+    """
+
+    columns: list[str]
+    image_columns: tuple[str, ...]
+    transform: ImageTransform
+    latent_shape: tuple[int, ...]
+    proportion_empty_prompts: float
+    seed: int
+
+    def __call__(self, row: Mapping[str, Any], key: ExampleKey) -> dict[str, Any]:
+        draws = Draws(self.seed, key)
+        training = key.epoch >= 0
+        drop_prompt = training and draws.uniform("prompt") < self.proportion_empty_prompts
+        example = {
+            "pixel_values": torch.stack([self.transform(row[name], draws) for name in self.image_columns]),
+            "posterior_noise": draws.normal("posterior", (len(self.image_columns), *self.latent_shape)),
+            "noise": draws.normal("noise", self.latent_shape),
+            "timestep": draws.uniform("timestep"),
+            "prompt": "" if drop_prompt else row["prompt"],
+        }
+        return example | {name: row[name] for name in ("label", "weight") if name in self.columns}
+
+
+def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """
+    Stacks examples into a batch; prompts stay a list of strings.
+
+    Keys and shapes: `pixel_values` `(batch, images, 3, height, width)` in [-1, 1]; `posterior_noise`
+    `(batch, images, *latent)` and `noise` `(batch, *latent)`, standard normal; `timestep` `(batch,)`, float64 in
+    [0, 1); `label` `(batch,)`, bool; `weight` `(batch,)`, float32; `prompt`, a list of `batch` strings.
+    """
+    batch: dict[str, Any] = {}
+    for name, first in examples[0].items():
+        values = [example[name] for example in examples]
+        if isinstance(first, torch.Tensor):
+            batch[name] = torch.stack(values)
+        elif isinstance(first, bool):
+            batch[name] = torch.tensor(values, dtype=torch.bool)
+        elif isinstance(first, float):
+            batch[name] = torch.tensor(values, dtype=torch.float64 if name == "timestep" else torch.float32)
+        else:
+            batch[name] = values
+    return batch
+
+
+def _read(index: int, read: Callable[[], Any]) -> Any:
+    """Runs `read`, which decodes images, and names the row if that fails."""
+    try:
+        return read()
+    except (OSError, SyntaxError) as error:
+        raise ValueError(
+            f"The image in row {index} cannot be read ({error}): replace the file or drop the row."
+        ) from error
+
+
+class Examples(torch_data.Dataset):
+    """A data set by [`ExampleKey`]; a plain row number gives the fixed draws of evaluation."""
+
+    def __init__(self, dataset: Dataset, builder: ExampleBuilder):
+        self.rows, self.builder = dataset.select_columns(builder.columns), builder
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: ExampleKey | int) -> dict[str, Any]:
+        key = key if isinstance(key, ExampleKey) else ExampleKey(key)
+        return _read(key.index, lambda: self.builder(self.rows[key.index], key))
+
+
+class StreamingExamples(torch_data.IterableDataset):
+    """
+    A stream; the key of a row is its place in the stream.
+
+    Every rank reads the whole stream and takes its share of the rows (accelerate's `IterableDatasetShard`), so that
+    places are global and a resumed run can skip to where it was.
+    """
+
+    def __init__(self, dataset: IterableDataset, builder: ExampleBuilder, training: bool):
+        self.rows, self.builder, self.training, self.epoch = dataset, builder, training, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.rows.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        rows = iter(self.rows.select_columns(self.builder.columns))
+        index = 0
+        while (row := _read(index, lambda: next(rows, None))) is not None:
+            check_row(row, self.builder.columns, index)
+            key = ExampleKey(index, self.epoch) if self.training else ExampleKey(index)
+            yield _read(index, lambda row=row, key=key: self.builder(row, key))
+            index += 1

@@ -1,0 +1,163 @@
+"""Data contracts: which columns a method reads, and one clear sentence where a data set does not have them.
+
+Unpaired: `prompt, image, label`. Paired: `prompt, chosen, rejected`. Supervised: `prompt, image`. Each with an
+optional `weight`. Nothing is guessed and nothing is silently converted: other layouts go through a named converter.
+"""
+
+from collections.abc import Mapping
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset, Image, IterableDataset, Value
+
+
+AnyDataset = Dataset | IterableDataset
+
+COLUMN_KINDS = {
+    "prompt": "string",
+    "image": "image",
+    "chosen": "image",
+    "rejected": "image",
+    "label": "bool",
+    "weight": "float",
+}
+
+_FIXES = {
+    "image": "`dataset.cast_column({name!r}, datasets.Image())`",
+    "bool": "`dataset.cast_column({name!r}, datasets.Value('bool'))` for 0/1 numbers, or map your own values to True "
+    "(liked) and False (disliked)",
+    "string": "make it one string per row",
+    "float": "`dataset.cast_column({name!r}, datasets.Value('float32'))`",
+}
+
+
+def _has_kind(feature, kind: str) -> bool:
+    if kind == "image":
+        return isinstance(feature, Image)
+    dtype = feature.dtype if isinstance(feature, Value) else None
+    if kind == "string":
+        return dtype in ("string", "large_string")
+    if kind == "float":
+        return dtype is not None and dtype.startswith("float")
+    return dtype == kind
+
+
+def _check_features(features: Mapping, columns: list[str], what: str) -> None:
+    missing = [name for name in columns if name not in features]
+    if missing:
+        raise ValueError(
+            f"The {what} lacks the column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}: found "
+            f"{sorted(features)}, expected {columns}; rename with `dataset.rename_column(old, new)`."
+        )
+    for name in columns:
+        kind = COLUMN_KINDS[name]
+        if not _has_kind(features[name], kind):
+            raise ValueError(
+                f"Column {name!r} of the {what} is {features[name]}, expected {kind}: "
+                f"{_FIXES[kind].format(name=name)}."
+            )
+
+
+def present_columns(dataset: AnyDataset, required: tuple[str, ...]) -> list[str]:
+    """The columns to read: the required ones and, where there is one, `weight`. The others are not even decoded."""
+    optional = ["weight"] if dataset.column_names and "weight" in dataset.column_names else []
+    return [*required, *optional]
+
+
+def check_dataset(dataset: AnyDataset, required: tuple[str, ...], what: str) -> None:
+    """
+    Checks a data set against a contract, before anything is trained.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): The data set.
+        required (`tuple[str, ...]`): The method's columns.
+        what (`str`): Its name in error messages, e.g. `"training data set"`.
+
+    Raises:
+        `TypeError`: if it is not a data set of the `datasets` library.
+        `ValueError`: if it is empty, a column is missing or has another type, or a value is None. Of a streaming data
+            set only the declared columns can be checked here; its rows are checked as they come.
+    """
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise TypeError(
+            f"The {what} must be a `datasets.Dataset` or `datasets.IterableDataset`, found {type(dataset).__name__}"
+            + (": pick a split, for example `dataset['train']`." if isinstance(dataset, dict) else ".")
+        )
+    if isinstance(dataset, IterableDataset):
+        # Without declared features the first row has to tell.
+        features = dataset.features or datasets.IterableDataset._resolve_features(dataset).features or {}
+        _check_features(features, present_columns(dataset, required), what)
+        return
+    if len(dataset) == 0:
+        raise ValueError(f"The {what} is empty: expected at least one row with the columns {list(required)}.")
+    columns = present_columns(dataset, required)
+    _check_features(dataset.features, columns, what)
+    table = dataset.select_columns(columns).with_format("arrow")
+    for name in columns:
+        nulls = [
+            start + int(np.flatnonzero(batch[name].is_null().to_numpy(zero_copy_only=False))[0])
+            for start, batch in _arrow_batches(table)
+            if batch[name].null_count
+        ]
+        if nulls:
+            raise ValueError(
+                f"Column {name!r} of the {what} is None in row {nulls[0]}: give it a value, or drop such rows with "
+                f"`dataset.filter(lambda row: row[{name!r}] is not None)`."
+            )
+
+
+def _arrow_batches(table: Dataset, size: int = 100_000):
+    for start in range(0, len(table), size):
+        yield start, table[start : start + size]
+
+
+def read_labels(dataset: Dataset) -> np.ndarray:
+    """The `label` column as a bool array of shape `(len(dataset),)`, in one pass and without decoding an image."""
+    column = dataset.select_columns("label").with_format("arrow")
+    return np.concatenate([pc.cast(b["label"], "bool").to_numpy() for _, b in _arrow_batches(column)])
+
+
+def check_row(row: Mapping, columns: list[str], index: int) -> None:
+    """The check of [`check_dataset`] for one row of a stream: a wrong or missing value is named by its row."""
+    kinds = {"string": str, "bool": bool, "float": float}
+    for name in columns:
+        kind = COLUMN_KINDS[name]
+        value = row.get(name)
+        if value is None or (kind in kinds and not isinstance(value, kinds[kind])):
+            raise ValueError(f"Column {name!r} is {value!r} in row {index}, expected {kind}.")
+
+
+def unpair_preference_dataset(dataset: AnyDataset) -> AnyDataset:
+    """
+    Turns pairs into single images: each row `prompt, chosen, rejected` becomes a liked and a disliked row.
+
+    The images are not decoded. The counterpart of TRL's function of the same name.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            Paired preferences, with an optional `weight` that both rows inherit.
+
+    Returns:
+        The same kind of data set with the columns `prompt, image, label` (and `weight`), twice as long: the two images
+        of a pair stand next to each other, the chosen one first.
+
+    Raises:
+        `ValueError`: if a column of the paired contract is missing.
+    """
+    columns = present_columns(dataset, ("prompt", "chosen", "rejected"))
+    _check_features(dataset.features or {}, columns, "paired data set")
+    kept = [name for name in columns if name not in ("chosen", "rejected")]
+    raw = dataset.select_columns(columns)
+    for name in ("chosen", "rejected"):
+        raw = raw.cast_column(name, Image(decode=False))
+
+    def unpair(batch: dict[str, list]) -> dict[str, list]:
+        pairs = list(zip(batch["chosen"], batch["rejected"], strict=True))
+        rows = {name: [value for value in batch[name] for _ in range(2)] for name in kept}
+        return rows | {"image": [image for pair in pairs for image in pair], "label": [True, False] * len(pairs)}
+
+    features = datasets.Features(
+        {name: dataset.features[name] for name in kept} | {"image": Image(), "label": Value("bool")}
+    )
+    return raw.map(unpair, batched=True, remove_columns=["chosen", "rejected"], features=features)

@@ -1,0 +1,49 @@
+"""From a PIL image to the pixels that a VAE reads: orientation, RGB, resize, crop, flip."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers.utils import load_image
+from PIL import Image
+
+from .draws import Draws
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """
+    Resizes the shorter side to `resolution` (antialiased, Lanczos), crops a square, and scales to [-1, 1].
+
+    Modes other than RGB are converted as diffusers converts them (`diffusers.utils.load_image`): EXIF orientation
+    applied, then PIL's own conversion.
+
+    Args:
+        resolution (`int`):
+            Side of the square in pixels.
+        center_crop (`bool`, *optional*, defaults to `True`):
+            Whether to crop the centre. If `False`, the place of the crop is drawn.
+        random_flip (`bool`, *optional*, defaults to `False`):
+            Whether to mirror every second image, left to right.
+    """
+
+    resolution: int
+    center_crop: bool = True
+    random_flip: bool = False
+
+    def __call__(self, image: Image.Image, draws: Draws) -> torch.Tensor:
+        """Returns float32 pixels of shape `(3, resolution, resolution)` in [-1, 1]."""
+        image = load_image(image)
+        scale = self.resolution / min(image.size)
+        if scale != 1:
+            size = tuple(max(self.resolution, round(side * scale)) for side in image.size)
+            image = image.resize(size, Image.Resampling.LANCZOS)
+        room = [side - self.resolution for side in image.size]
+        if self.center_crop:
+            left, top = room[0] // 2, room[1] // 2
+        else:
+            left, top = (int(draws.uniform(f"crop_{axis}") * (room[i] + 1)) for i, axis in enumerate("xy"))
+        image = image.crop((left, top, left + self.resolution, top + self.resolution))
+        if self.random_flip and draws.uniform("flip") < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1

@@ -1,0 +1,110 @@
+"""Model families: what differs between Stable Diffusion and the others, one small file each."""
+
+import os
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+
+from .base import Family
+from .stable_diffusion import StableDiffusion
+
+
+FAMILIES: tuple[type[Family], ...] = (StableDiffusion,)
+
+
+def family_of(pipeline: DiffusionPipeline) -> Family:
+    """
+    The family file of a pipeline, chosen by the pipeline's exact class.
+
+    Raises:
+        `ValueError`: if no family handles this class.
+    """
+    for family in FAMILIES:
+        if type(pipeline).__name__ == family.pipeline_class:
+            return family(pipeline)
+    raise ValueError(
+        f"Found a pipeline of class {type(pipeline).__name__}, which no family handles; expected one of "
+        f"{[family.pipeline_class for family in FAMILIES]}."
+    )
+
+
+def load_pipeline(model: str, **kwargs: Any) -> DiffusionPipeline:
+    """
+    `DiffusionPipeline.from_pretrained` with float32 weights unless `dtype` says otherwise.
+
+    Args:
+        model (`str`): Hub id or local folder.
+        **kwargs: Passed on to `DiffusionPipeline.from_pretrained`; `dtype` may be a string such as `"bfloat16"`.
+
+    Raises:
+        `ValueError`: if `model` is a local folder that holds no diffusers pipeline.
+    """
+    if os.path.isdir(model) and not os.path.isfile(os.path.join(model, "model_index.json")):
+        raise ValueError(
+            f"The folder {model!r} is no diffusers pipeline: found no model_index.json in it, expected a folder "
+            "written by `pipeline.save_pretrained`; single-file weights load with `<Pipeline>.from_single_file`, "
+            "whose result can be passed as `model`."
+        )
+    dtype = kwargs.pop("dtype", None) or torch.float32
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    return DiffusionPipeline.from_pretrained(model, dtype=dtype, **kwargs)
+
+
+def resolve_model(
+    model: "str | DiffusionPipeline | ModelMixin",
+    processing_class: DiffusionPipeline | None = None,
+    model_init_kwargs: dict[str, Any] | None = None,
+) -> Family:
+    """
+    The family, with its pipeline, of whatever a user may pass as `model`.
+
+    Args:
+        model (`str`, `DiffusionPipeline` or `ModelMixin`):
+            Hub id, local folder, pipeline, or bare denoiser.
+        processing_class (`DiffusionPipeline`, *optional*):
+            The rest of the pipeline when `model` is a bare denoiser; its own denoiser, if any, is replaced.
+        model_init_kwargs (`dict`, *optional*):
+            Arguments of `from_pretrained` when `model` is an id or folder.
+
+    Raises:
+        `TypeError`: if `model` is none of these.
+        `ValueError`: if the arguments do not belong together, or the pipeline's family is unknown.
+    """
+    if not isinstance(model, str) and model_init_kwargs:
+        raise ValueError(
+            "`model_init_kwargs` only apply when `model` is a Hub id or a folder; found an instantiated "
+            f"{type(model).__name__}: drop them, or pass the id."
+        )
+    if isinstance(model, ModelMixin):
+        if not isinstance(processing_class, DiffusionPipeline):
+            raise ValueError(
+                f"`model` is a bare {type(model).__name__}, so `processing_class` must be the rest of its pipeline; "
+                f"found {type(processing_class).__name__}: pass "
+                "`DiffusionPipeline.from_pretrained(base, <denoiser's name>=None)`."
+            )
+        family = family_of(processing_class)
+        if type(model).__name__ != family.denoiser_class:
+            raise ValueError(
+                f"Found a {type(model).__name__} for a {family.pipeline_class}, expected a {family.denoiser_class}."
+            )
+        family.pipeline.register_modules(**{family.denoiser_name: model})
+        return family
+    if processing_class is not None:
+        raise ValueError(
+            "`processing_class` belongs to a bare denoiser; with a Hub id, folder or pipeline as `model` it is loaded "
+            "along: drop it."
+        )
+    if isinstance(model, str):
+        return family_of(load_pipeline(model, **(model_init_kwargs or {})))
+    if isinstance(model, DiffusionPipeline):
+        return family_of(model)
+    raise TypeError(
+        f"`model` must be a Hub id, a folder, a `DiffusionPipeline` or a diffusers denoiser, found "
+        f"{type(model).__name__}"
+        + (": pass the model that it wraps, and a `peft_config`." if "Peft" in type(model).__name__ else ".")
+    )
+
+
+__all__ = ["FAMILIES", "Family", "family_of", "load_pipeline", "resolve_model"]

@@ -1,0 +1,129 @@
+"""Settings that all trainers share."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl.trainer.base_config import _BaseConfig
+
+
+@dataclass
+class DiffusionConfig(_BaseConfig):
+    r"""
+    Parameters shared by all trainers of this library, on top of [`~transformers.TrainingArguments`].
+
+    Parameters:
+        > Parameters that control the model
+
+        model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments of `DiffusionPipeline.from_pretrained`, used when `model` is a Hub id or a folder.
+            `dtype` may be a string such as `"bfloat16"`; it defaults to float32.
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            Whether to switch dropout off in policy and reference. Their errors are compared in the fourth digit:
+            dropout noise would drown the difference.
+
+        > Parameters that control the data
+
+        resolution (`int`, *optional*):
+            Side of the square training images in pixels. Defaults to what the pipeline generates.
+        center_crop (`bool`, *optional*, defaults to `True`):
+            Whether images that are not square lose both ends alike. If `False`, the place of the crop is random.
+        random_flip (`bool`, *optional*, defaults to `False`):
+            Whether to mirror half of the images, left to right.
+        proportion_empty_prompts (`float`, *optional*, defaults to `0.2`):
+            Probability that a training example loses its prompt, so that classifier-free guidance keeps a good
+            unconditional side. 0.2 is what Diffusion-DPO and Diffusion-KTO use. Evaluation keeps all prompts.
+
+        > Parameters that control sample images
+
+        validation_prompts (`list[str]`, *optional*):
+            Prompts of the sample grids in `output_dir/samples` (see [`LogImagesCallback`]). None draws no samples.
+        validation_steps (`int`, *optional*, defaults to `500`):
+            Optimizer steps between two grids; one more is drawn before the first step.
+        num_validation_images (`int`, *optional*, defaults to `4`):
+            Images per prompt.
+        validation_inference_steps (`int`, *optional*, defaults to `25`):
+            Sampling steps.
+        validation_guidance_scale (`float`, *optional*):
+            Guidance scale. Defaults to the pipeline's own.
+
+        > Parameters whose defaults differ from [`~transformers.TrainingArguments`]
+
+        bf16 (`bool`, *optional*):
+            Whether to train under bfloat16 autocast. Defaults to `True` on an accelerator unless `fp16` is set, and to
+            `False` on a CPU.
+        logging_nan_inf_filter (`bool`, *optional*, defaults to `False`):
+            The filter would hide what stops the run here: a loss that is not finite. It also costs a synchronisation
+            of the device in every step.
+        remove_unused_columns (`bool`, *optional*, defaults to `False`):
+            Columns that a method does not read are never loaded in any case.
+    """
+
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments of `DiffusionPipeline.from_pretrained`, when `model` is an id or folder."
+        },
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Whether to switch dropout off in policy and reference."}
+    )
+    resolution: int | None = field(
+        default=None,
+        metadata={"help": "Side of the square training images in pixels. Defaults to what the pipeline generates."},
+    )
+    center_crop: bool = field(
+        default=True, metadata={"help": "Whether to crop the centre; otherwise the place of the crop is random."}
+    )
+    random_flip: bool = field(default=False, metadata={"help": "Whether to mirror half of the images, left to right."})
+    proportion_empty_prompts: float = field(
+        default=0.2, metadata={"help": "Probability that a training example loses its prompt."}
+    )
+    validation_prompts: list[str] | None = field(
+        default=None, metadata={"help": "Prompts of the sample grids written to `output_dir/samples`."}
+    )
+    validation_steps: int = field(default=500, metadata={"help": "Optimizer steps between two sample grids."})
+    num_validation_images: int = field(default=4, metadata={"help": "Images per validation prompt."})
+    validation_inference_steps: int = field(default=25, metadata={"help": "Sampling steps of validation images."})
+    validation_guidance_scale: float | None = field(
+        default=None, metadata={"help": "Guidance scale of validation images. Defaults to the pipeline's own."}
+    )
+
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Whether to hide losses that are not finite; they stop the run anyway."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "No effect: columns that the method does not read are never loaded."}
+    )
+
+    # TrainingArguments parses these from JSON strings on the command line.
+    _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+
+    def __post_init__(self):
+        if self.bf16 is None and not torch.accelerator.is_available():
+            # TRL's default of True is refused by TrainingArguments on a machine without an accelerator.
+            self.bf16 = False
+        super().__post_init__()
+        if not 0 <= self.proportion_empty_prompts <= 1:
+            raise ValueError(f"`proportion_empty_prompts` must be in [0, 1], found {self.proportion_empty_prompts}.")
+        for name in ("validation_steps", "num_validation_images", "validation_inference_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, found {getattr(self, name)}.")
+        # What Trainer offers and a diffusion model cannot use is refused rather than ignored.
+        unusable = {
+            "neftune_noise_alpha": self.neftune_noise_alpha is not None,
+            "label_smoothing_factor": self.label_smoothing_factor != 0,
+            "use_liger_kernel": self.use_liger_kernel,
+            "train_sampling_strategy": self.train_sampling_strategy not in ("random", "sequential"),
+            "batch_eval_metrics": self.batch_eval_metrics,
+            "include_num_input_tokens_seen": self.include_num_input_tokens_seen not in (False, "no"),
+            "fp16_full_eval": self.fp16_full_eval,
+            "bf16_full_eval": self.bf16_full_eval,
+            "accelerator_config.split_batches": self.accelerator_config.split_batches,
+        }
+        found = [name for name, used in unusable.items() if used]
+        if found:
+            raise ValueError(
+                f"`{found[0]}` has no meaning for diffusion models here: leave it at its default"
+                + (" (`bf16=True` evaluates under autocast)." if found[0].endswith("full_eval") else ".")
+            )

@@ -1,0 +1,535 @@
+"""What all trainers share: the model, the data, one number per image, metrics, saving.
+
+A method's own file holds its columns, its loss and its metrics; nothing here knows which method runs.
+"""
+
+import copy
+import functools
+import os
+import shutil
+import types
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import IterableDataset
+from diffusers import DiffusionPipeline, ModelMixin
+from peft import PeftConfig, get_peft_model
+from torch.utils.checkpoint import checkpoint
+from transformers import EvalPrediction, TrainerCallback, set_seed
+from transformers.trainer import PushInProgress, hf_api, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
+from trl.trainer.base_trainer import _BaseTrainer
+from trl.trainer.utils import disable_dropout_in_model
+
+from .. import hub
+from ..callbacks import LogImagesCallback
+from ..data.examples import ExampleBuilder, Examples, StreamingExamples, collate
+from ..data.formats import AnyDataset, check_dataset, present_columns
+from ..data.images import ImageTransform
+from ..data.samplers import KeyedSampler
+from ..families import Family, resolve_model
+from ..families.base import Conditioning
+from ..likelihood import denoising_error
+from ..reference import Reference
+from .base_config import DiffusionConfig
+
+
+class Noised(NamedTuple):
+    """A batch as the denoiser sees it; the first dimension counts images (of pairs: all chosen, then all rejected)."""
+
+    x_t: torch.Tensor
+    t: torch.Tensor
+    target: torch.Tensor
+    conditioning: Conditioning
+
+
+class MetricSums:
+    """
+    Sums and counts that stay on the device until they are logged.
+
+    Means are taken over all images of all ranks and steps since the last log, in one collective and one
+    synchronisation per log: a mean of the ranks' means would be wrong where the ranks hold unequal counts.
+    """
+
+    def __init__(self):
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, values: torch.Tensor, where: torch.Tensor | None = None) -> None:
+        """Adds `values`, or those of them where the mask `where` is True."""
+        values = values.detach().float()
+        mask = torch.ones_like(values) if where is None else where.to(values.dtype)
+        pair = torch.stack([(values * mask).sum(), mask.sum()])
+        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def pop_means(self, accelerator) -> dict[str, float]:
+        """Means over all ranks, then starts anew. Every rank must call it, having added the same names."""
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        sums = accelerator.reduce(torch.stack([self._sums[name] for name in names]), reduction="sum").tolist()
+        self._sums = {}
+        return {name: total / count for name, (total, count) in zip(names, sums, strict=True) if count}
+
+
+class DiffusionTrainer(_BaseTrainer):
+    """
+    Base class of the trainers; see a method's own class for how to use it.
+
+    Args:
+        model (`str`, `DiffusionPipeline` or `ModelMixin`):
+            Hub id, local folder, pipeline, or bare denoiser. Weights are float32 unless `args.model_init_kwargs` says
+            otherwise; with `bf16` or `fp16` they stay float32 and are computed with under autocast.
+        ref_model (`ModelMixin`, *optional*):
+            Frozen reference denoiser. Defaults to the policy before training: a frozen copy, or the adapter switched
+            off.
+        args ([`DiffusionConfig`]):
+            The method's configuration.
+        data_collator (`Callable`, *optional*):
+            Makes a batch of a list of examples. Defaults to [`~data.examples.collate`].
+        train_dataset (`Dataset` or `IterableDataset`):
+            Training data, in the columns of the method.
+        eval_dataset (`Dataset`, `IterableDataset` or a `dict` of them, *optional*):
+            Held-out data in the same columns.
+        processing_class (`DiffusionPipeline`, *optional*):
+            The rest of the pipeline when `model` is a bare denoiser.
+        callbacks (`list[TrainerCallback]`, *optional*):
+            Further callbacks.
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            Optimizer and schedule. Default to AdamW and a linear schedule.
+        quantization_config (*optional*):
+            Not supported yet; anything but None is refused.
+        peft_config (`PeftConfig`, *optional*):
+            Trains an adapter of this configuration instead of the whole denoiser. Without `target_modules` the
+            family's attention projections are adapted.
+
+    Raises:
+        `TypeError`, `ValueError`: in one sentence, before the first step, where an argument cannot be used.
+    """
+
+    loss_is_scaled_for_ga = False
+
+    config_class: ClassVar[type[DiffusionConfig]]
+    columns: ClassVar[tuple[str, ...]]
+    """Columns that the method reads."""
+    image_columns: ClassVar[tuple[str, ...]]
+    """Those of them that hold images."""
+
+    def __init__(
+        self,
+        model: str | DiffusionPipeline | ModelMixin,
+        ref_model: ModelMixin | None = None,
+        args: DiffusionConfig | None = None,
+        data_collator=None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
+        processing_class: DiffusionPipeline | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        quantization_config=None,
+        peft_config: PeftConfig | None = None,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else type(model).__name__
+            args = self.config_class(f"{name.split('/')[-1]}-{self._name}")
+        if not isinstance(args, self.config_class):
+            raise TypeError(f"`args` must be a {self.config_class.__name__}, found {type(args).__name__}.")
+        if quantization_config is not None:
+            raise ValueError("`quantization_config` is not supported yet: leave it at None.")
+
+        # Data: checked first, because it costs nothing.
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is required.")
+        train_dataset = self._prepare_dataset(train_dataset, "training data set")
+        if isinstance(train_dataset, IterableDataset):
+            self._check_streaming(args)
+        if eval_dataset is not None:
+            eval_dataset = self._prepare_eval_dataset(eval_dataset)
+        self.num_train_rows = len(train_dataset) if has_length(train_dataset) else None
+
+        # Model. PEFT draws the adapter's start at random, so the seed is set before.
+        set_seed(args.seed)
+        init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else None
+        self.family: Family = resolve_model(model, processing_class, init_kwargs)
+        self.pipeline = self.family.pipeline
+        self.base_model_id = (
+            model if isinstance(model, str) else self.pipeline.config.get("_name_or_path") or "a pipeline in memory"
+        )
+        self.resolution = self._resolve_resolution(args)
+        policy = self._make_policy(peft_config, args)
+        if ref_model is not None and type(ref_model).__name__ != self.family.denoiser_class:
+            raise TypeError(f"`ref_model` must be a {self.family.denoiser_class}, found {type(ref_model).__name__}.")
+        self.reference = self._make_reference(policy, ref_model)
+        if args.disable_dropout:
+            for module in filter(None, (policy, self.reference and self.reference.model)):
+                disable_dropout_in_model(module)
+        self._allow_checkpointing(self.family.denoiser)
+
+        self.example_builder = ExampleBuilder(
+            columns=present_columns(train_dataset, self.columns),
+            image_columns=self.image_columns,
+            transform=ImageTransform(self.resolution, args.center_crop, args.random_flip),
+            latent_shape=self.family.latent_shape(self.resolution),
+            proportion_empty_prompts=args.proportion_empty_prompts,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False
+        self._metric_sums = MetricSums()
+        self._means: dict[str, float] = {}
+        self._staging: str | None = None
+
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=data_collator or collate,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            # Trainer would hand a pipeline's tokenizer to code for language models; the pipeline stays with us.
+            processing_class=None,
+            compute_metrics=self.evaluation_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"Found {self.args.n_gpu} devices in one process (DataParallel), expected one: start with "
+                "`accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES."
+            )
+        # A loss that is not finite is noticed at the next log or checkpoint, without a synchronisation per step.
+        self._first_bad_step = torch.tensor(torch.inf, device=self.accelerator.device)
+        for module in self.family.frozen_modules.values():
+            module.requires_grad_(False).eval().to(self.accelerator.device)
+        if self.reference is not None:
+            self.reference.prepare(self.accelerator)
+        self.check_batch_size()
+        if args.validation_prompts:
+            self.add_callback(
+                LogImagesCallback(
+                    self,
+                    prompts=args.validation_prompts,
+                    every_n_steps=args.validation_steps,
+                    num_images_per_prompt=args.num_validation_images,
+                    num_inference_steps=args.validation_inference_steps,
+                    guidance_scale=args.validation_guidance_scale,
+                )
+            )
+
+    # ---- What a method defines --------------------------------------------------------------------------------------
+
+    def evaluation_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """
+        Metrics of a whole evaluation set, among them `loss`.
+
+        Args:
+            prediction (`EvalPrediction`):
+                `predictions` of shape `(rows, 2 x images + 1)`: errors of the policy, errors of the reference, weight;
+                `label_ids` of shape `(rows,)`: the `label` column, or zeros.
+        """
+        raise NotImplementedError
+
+    def card_settings(self) -> dict[str, Any]:
+        """The method's rows of the model card."""
+        raise NotImplementedError
+
+    def check_batch_size(self) -> None:
+        """Raises `ValueError` where the batch is too small for the method."""
+
+    # ---- Set-up -----------------------------------------------------------------------------------------------------
+
+    def _send_telemetry(self):
+        # TRL's version reads `config.model_type`, which a diffusers model lacks, and raises for every user.
+        pass
+
+    def _prepare_dataset(self, dataset: AnyDataset, what: str) -> AnyDataset:
+        check_dataset(dataset, self.columns, what)
+        return dataset
+
+    def _prepare_eval_dataset(self, dataset):
+        if isinstance(dataset, dict):
+            return {
+                name: self._prepare_dataset(part, f"evaluation data set {name!r}") for name, part in dataset.items()
+            }
+        return self._prepare_dataset(dataset, "evaluation data set")
+
+    def _check_streaming(self, args: DiffusionConfig) -> None:
+        if args.max_steps <= 0:
+            raise ValueError("A streaming data set has no length: set `max_steps`.")
+        if args.dataloader_num_workers > 0:
+            raise ValueError(
+                f"Found a streaming data set with dataloader_num_workers={args.dataloader_num_workers}: the place "
+                "of a row in the stream, which keys its noise, is known to a single reader only; set it to 0."
+            )
+        if args.accelerator_config.dispatch_batches:
+            raise ValueError("`dispatch_batches=True` is not supported with streaming data sets: unset it.")
+        args.accelerator_config.dispatch_batches = False
+
+    def _resolve_resolution(self, args: DiffusionConfig) -> int:
+        resolution = args.resolution or self.family.default_resolution()
+        multiple = self.family.resolution_multiple()
+        if resolution % multiple or resolution <= 0:
+            below = max(multiple, resolution // multiple * multiple)
+            raise ValueError(
+                f"Found resolution={resolution}, expected a multiple of {multiple} for a "
+                f"{self.family.pipeline_class}: use {below} or {below + multiple}."
+            )
+        return resolution
+
+    def _make_policy(self, peft_config: PeftConfig | None, args: DiffusionConfig):
+        denoiser = self.family.denoiser
+        if getattr(denoiser, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "The pipeline's denoiser already carries LoRA weights: merge them first with "
+                "`pipeline.fuse_lora(); pipeline.unload_lora_weights()`."
+            )
+        if peft_config is None:
+            if denoiser.dtype != torch.float32:
+                raise ValueError(
+                    f"Found {denoiser.dtype} weights for full fine-tuning, in which small updates vanish: load them "
+                    "in float32 and set `bf16=True` or `fp16=True` to compute in half precision."
+                )
+            return denoiser.requires_grad_(True)
+        if not isinstance(peft_config, PeftConfig):
+            raise TypeError(f"`peft_config` must be a `peft.PeftConfig`, found {type(peft_config).__name__}.")
+        kwargs = args.activation_checkpointing_kwargs or {}
+        if args.activation_checkpointing and kwargs.get("use_reentrant"):
+            raise ValueError(
+                "Reentrant checkpointing loses the gradient of an adapter: drop `use_reentrant=True` from "
+                "`gradient_checkpointing_kwargs`."
+            )
+        peft_config = copy.copy(peft_config)
+        if getattr(peft_config, "target_modules", ...) is None:
+            peft_config.target_modules = set(self.family.lora_targets)
+        denoiser.requires_grad_(False)
+        try:
+            policy = get_peft_model(denoiser, peft_config)
+        except ValueError as error:
+            names = sorted(
+                {name.split(".")[-1] for name, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear)}
+            )
+            raise ValueError(
+                f"`peft_config` does not fit the {self.family.denoiser_class}: {error} Its linear modules end in "
+                f"{names}; {self.family.lora_targets} are a good choice."
+            ) from error
+        # PEFT would record the denoiser's sub-folder; the pipeline is what a user loads the adapter into.
+        policy.peft_config["default"].base_model_name_or_path = self.base_model_id
+        return policy
+
+    def _make_reference(self, policy, ref_model) -> Reference | None:
+        return Reference(policy, ref_model)
+
+    def _allow_checkpointing(self, denoiser: ModelMixin) -> None:
+        """Gives a diffusers model the method by which `Trainer` switches gradient checkpointing on."""
+
+        def activation_checkpointing_enable(
+            self, activation_checkpointing_kwargs=None, every_n_layers: int = 1, offload: bool = False
+        ):
+            if every_n_layers != 1 or offload:
+                raise ValueError("`every_n_layers` and `offload` are not available for diffusion models: drop them.")
+            kwargs = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})
+            self.enable_gradient_checkpointing(functools.partial(checkpoint, **kwargs))
+
+        denoiser.activation_checkpointing_enable = types.MethodType(activation_checkpointing_enable, denoiser)
+
+    # ---- Data -------------------------------------------------------------------------------------------------------
+
+    @property
+    def examples_per_step(self) -> int:
+        """Rows of one optimizer step: ranks x micro-batch x accumulation."""
+        return self.args.world_size * self._train_batch_size * self.args.gradient_accumulation_steps
+
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ):
+        if isinstance(dataset, IterableDataset):
+            examples = StreamingExamples(dataset, self.example_builder, training=is_training)
+        else:
+            examples = Examples(dataset, self.example_builder)
+        return super()._get_dataloader(examples, description, batch_size, sampler_fn, is_training, dataloader_key)
+
+    def _get_train_sampler(self, train_dataset=None):
+        return KeyedSampler(
+            len(self.train_dataset),
+            self.examples_per_step,
+            seed=self.example_builder.seed,
+            shuffle=self.args.train_sampling_strategy == "random",
+            drop_last=self.args.dataloader_drop_last,
+        )
+
+    def _set_signature_columns_if_needed(self):
+        self._signature_columns = ["pixel_values", "posterior_noise", "noise", "timestep", "prompt", "label", "weight"]
+
+    def _prepare_input(self, data):
+        # Trainer's version rounds floats to DeepSpeed's dtype, and with them the noise and the targets.
+        if isinstance(data, torch.Tensor):
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
+    # ---- One number per image ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def corrupt(self, inputs: dict[str, Any]) -> Noised:
+        """Encodes images and prompts, and adds noise; the images of a row share prompt, timestep and noise."""
+        images = inputs["pixel_values"].shape[1]
+        # (rows, images, ...) -> (images * rows, ...): all first images, then all second ones.
+        flat = lambda tensor: tensor.transpose(0, 1).flatten(0, 1)  # noqa: E731
+        shared = lambda tensor: tensor.repeat(images, *[1] * (tensor.ndim - 1))  # noqa: E731
+        x0 = self.family.encode_images(flat(inputs["pixel_values"]), flat(inputs["posterior_noise"]))
+        noise = shared(inputs["noise"])
+        t = shared(self.family.process.timesteps(inputs["timestep"]))
+        conditioning = self.family.encode_prompts(inputs["prompt"], x0.device)
+        return Noised(
+            x_t=self.family.process.corrupt(x0, noise, t),
+            t=t,
+            target=self.family.process.target(x0, noise, t),
+            conditioning={name: shared(tensor) for name, tensor in conditioning.items()},
+        )
+
+    def errors(self, model, noised: Noised) -> torch.Tensor:
+        """The policy's `e_theta`: mean squared error of each image, float32 of shape `(images,)`."""
+        prediction = self.family.denoise(model, noised.x_t, noised.t, noised.conditioning)
+        return denoising_error(prediction, noised.target)
+
+    def reference_errors(self, model, noised: Noised) -> torch.Tensor:
+        """The reference's `e_ref` on the same corrupted images, without gradient."""
+        with self.reference.policy(model, self.accelerator) as reference:
+            return self.errors(reference, noised)
+
+    # ---- Training and evaluation ------------------------------------------------------------------------------------
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        step = torch.full_like(self._first_bad_step, self.state.global_step + 1)
+        self._first_bad_step = torch.where(loss.isfinite(), self._first_bad_step, self._first_bad_step.minimum(step))
+        return loss
+
+    def _stop_if_not_finite(self) -> None:
+        step = self.accelerator.gather(self._first_bad_step.reshape(1)).min().item()
+        if step != torch.inf:
+            raise FloatingPointError(
+                f"The loss stopped being finite at step {int(step)}: lower `learning_rate` or `beta`, or set "
+                f"`bf16=True` instead of `fp16=True`; checkpoints in {self.args.output_dir} are from before."
+            )
+
+    def train(self, *args, **kwargs):
+        output = super().train(*args, **kwargs)
+        self._stop_if_not_finite()
+        return output
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        if self.control.should_log or self.control.should_save or self.control.should_evaluate:
+            self._stop_if_not_finite()
+        if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
+            self._means = self.training_metrics(self._metric_sums.pop_means(self.accelerator))
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def training_metrics(self, means: dict[str, float]) -> dict[str, float]:
+        """The metrics of a log, from the means since the last one. A method adds what is computed from means."""
+        return means
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        logs.update(self._means)
+        self._means = {}
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"):
+        """As [`~transformers.Trainer.evaluate`]; the draws are fixed and the metrics are those of the whole set."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepare_eval_dataset(eval_dataset)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        # Only errors leave the step. The loss is computed once, over the whole evaluation set, so that it does not
+        # depend on how the set was split into batches and ranks.
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            noised = self.corrupt(inputs)
+            errors = [self.errors(model, noised)]
+            if self.reference is not None:
+                errors.append(self.reference_errors(model, noised))
+        rows = len(inputs["noise"])
+        columns = [column for part in errors for column in part.reshape(-1, rows)]
+        weight = inputs.get("weight", torch.ones_like(columns[0]))
+        label = inputs.get("label", torch.zeros_like(columns[0]))
+        return None, torch.stack([*columns, weight], dim=1), label
+
+    # ---- Saving -----------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Writes the checkpoint beside its place and renames it when it is whole."""
+        output_dir = Path(super()._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging = output_dir / hub.INCOMPLETE
+        if self.args.should_save:
+            self.create_model_card()
+            shutil.rmtree(staging, ignore_errors=True)  # what a killed run may have left
+        self.accelerator.wait_for_everyone()
+        self._staging = str(staging)
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best).parent == staging:
+            self.state.best_model_checkpoint = str(output_dir / name)
+        if self.args.should_save:
+            self.state.save_to_json(str(staging / name / "trainer_state.json"))
+            hub.put_in_place(staging / name, output_dir / name)
+            staging.rmdir()
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(output_dir / name))
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(output_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        policy = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        with hub.written_whole(output_dir or self.args.output_dir) as staging:
+            hub.save_policy(policy, self.family, staging, state_dict)
+            hub.save_training_args(self.args, staging)
+            if self._staging is None and not is_peft_model(policy):
+                hub.save_frozen_parts(self.family, staging)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        policy = self.accelerator.unwrap_model(self.model if model is None else model, keep_torch_compile=False)
+        hub.load_policy(policy, self.family, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None, **kwargs):
+        """Writes `README.md` of the output folder; see [`hub.model_card`]."""
+        if self.is_world_process_zero():
+            os.makedirs(self.args.output_dir, exist_ok=True)
+            card = hub.model_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags)
+            card.save(Path(self.args.output_dir) / "README.md")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is not None:  # called by Trainer before the checkpoint is whole
+            return
+        if not self.is_world_process_zero() or self.args.hub_strategy == "end":
+            return
+        running = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if running and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        jobs = hub.upload(hf_api(), self, Path(checkpoint_folder))
+        if running:
+            self.push_in_progress.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)
