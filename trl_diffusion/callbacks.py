@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -75,7 +76,7 @@ class LogImagesCallback(TrainerCallback):
     ):
         self.trainer, self.prompts, self.every_n_steps, self.seed = trainer, prompts, every_n_steps, seed
         self.num_images_per_prompt = num_images_per_prompt
-        self.pipeline_kwargs = {"num_inference_steps": num_inference_steps}
+        self.pipeline_kwargs: dict[str, Any] = {"num_inference_steps": num_inference_steps}
         if guidance_scale is not None:
             self.pipeline_kwargs["guidance_scale"] = guidance_scale
 

@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from diffusers import DiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, load_torch_model, save_torch_state_dict
 from huggingface_hub.utils import HfHubHTTPError, validate_repo_id
-from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
-from .families import Family
+from .families import Family, family_of, load_pipeline
 
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -322,15 +323,31 @@ image = pipeline("a photo of a cat").images[0]
     return ModelCard(content)
 
 
-def adapter_base(folder: str | os.PathLike) -> str | None:
-    """The base model that an adapter in `folder` was trained on, or None if the folder holds no adapter."""
-    path = Path(folder) / "adapter_config.json"
-    return json.loads(path.read_text()).get("base_model_name_or_path") if path.is_file() else None
+def load_trained(name: str, **kwargs: Any) -> DiffusionPipeline:
+    """
+    Loads a pipeline for inference: a Hub id, a pipeline's folder, or the output folder of an adapter training, whose
+    base model is loaded along.
+
+    Args:
+        name (`str`): Hub id or folder.
+        **kwargs: Passed on to [`families.load_pipeline`].
+    """
+    config_file = Path(name) / "adapter_config.json"
+    if not config_file.is_file():
+        return load_pipeline(name, **kwargs)
+    config = PeftConfig.from_pretrained(name)
+    pipeline = load_pipeline(config.base_model_name_or_path, **kwargs)
+    if loads_as_diffusers_lora(config):
+        pipeline.load_lora_weights(name)
+    else:
+        family = family_of(pipeline)
+        setattr(pipeline, family.denoiser_name, PeftModel.from_pretrained(family.denoiser, name))
+    return pipeline
 
 
 __all__ = [
-    "adapter_base",
     "load_policy",
+    "load_trained",
     "model_card",
     "save_frozen_parts",
     "save_policy",

@@ -18,9 +18,9 @@ EVALUATION = -1
 
 
 class ExampleKey(NamedTuple):
-    """Names one visit to one example: row `index` of the data set, in `epoch`, for the `repeat`-th time."""
+    """Names one visit to one example: a row of the data set, in an epoch, for the `repeat`-th time in that epoch."""
 
-    index: int
+    row: int
     epoch: int = EVALUATION
     repeat: int = 0
 
@@ -43,7 +43,7 @@ class Draws:
 
     def generator(self, purpose: str) -> torch.Generator:
         """A CPU generator for one purpose. CPU, so that the numbers are the same on every device."""
-        packed = struct.pack("<qqqq", self.seed, self.key.epoch, self.key.index, self.key.repeat)
+        packed = struct.pack("<qqqq", self.seed, self.key.epoch, self.key.row, self.key.repeat)
         digest = hashlib.blake2b(packed + purpose.encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from torch.utils import data as torch_data
 
-from .draws import Draws, ExampleKey
+from .draws import EVALUATION, Draws, ExampleKey
 from .formats import check_row
 from .images import ImageTransform
 
@@ -73,13 +75,13 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def _read(index: int, read: Callable[[], Any]) -> Any:
+def _read(row: int, read: Callable[[], Any]) -> Any:
     """Runs `read`, which decodes images, and names the row if that fails."""
     try:
         return read()
     except (OSError, SyntaxError) as error:
         raise ValueError(
-            f"The image in row {index} cannot be read ({error}): replace the file or drop the row."
+            f"The image in row {row} cannot be read ({error}): replace the file or drop the row."
         ) from error
 
 
@@ -94,7 +96,7 @@ class Examples(torch_data.Dataset):
 
     def __getitem__(self, key: ExampleKey | int) -> dict[str, Any]:
         key = key if isinstance(key, ExampleKey) else ExampleKey(key)
-        return _read(key.index, lambda: self.builder(self.rows[key.index], key))
+        return _read(key.row, lambda: self.builder(self.rows[key.row], key))
 
 
 class StreamingExamples(torch_data.IterableDataset):
@@ -114,9 +116,17 @@ class StreamingExamples(torch_data.IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         rows = iter(self.rows.select_columns(self.builder.columns))
-        index = 0
-        while (row := _read(index, lambda: next(rows, None))) is not None:
-            check_row(row, self.builder.columns, index)
-            key = ExampleKey(index, self.epoch) if self.training else ExampleKey(index)
-            yield _read(index, lambda row=row, key=key: self.builder(row, key))
-            index += 1
+
+        def read(key: ExampleKey) -> dict[str, Any] | None:
+            row = next(rows, None)
+            if row is None:
+                return None
+            check_row(row, self.builder.columns, key.row)
+            return self.builder(row, key)
+
+        epoch = self.epoch if self.training else EVALUATION
+        for place in count():
+            example = _read(place, partial(read, ExampleKey(place, epoch)))
+            if example is None:
+                return
+            yield example

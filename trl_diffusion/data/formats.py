@@ -5,6 +5,7 @@ optional `weight`. Nothing is guessed and nothing is silently converted: other l
 """
 
 from collections.abc import Mapping
+from typing import TypeAlias
 
 import datasets
 import numpy as np
@@ -12,7 +13,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Image, IterableDataset, Value
 
 
-AnyDataset = Dataset | IterableDataset
+AnyDataset: TypeAlias = "Dataset | IterableDataset"
 
 COLUMN_KINDS = {
     "prompt": "string",

@@ -36,8 +36,8 @@ class ImageTransform:
         image = load_image(image)
         scale = self.resolution / min(image.size)
         if scale != 1:
-            size = tuple(max(self.resolution, round(side * scale)) for side in image.size)
-            image = image.resize(size, Image.Resampling.LANCZOS)
+            width, height = (max(self.resolution, round(side * scale)) for side in image.size)
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
         room = [side - self.resolution for side in image.size]
         if self.center_crop:
             left, top = room[0] // 2, room[1] // 2

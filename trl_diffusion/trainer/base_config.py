@@ -89,6 +89,10 @@ class DiffusionConfig(_BaseConfig):
         default=None, metadata={"help": "Guidance scale of validation images. Defaults to the pipeline's own."}
     )
 
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Whether to train under bfloat16 autocast. Defaults to True on an accelerator."},
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Whether to hide losses that are not finite; they stop the run anyway."}
     )

@@ -179,6 +179,7 @@ class DiffusionTrainer(_BaseTrainer):
         self._metric_sums = MetricSums()
         self._means: dict[str, float] = {}
         self._staging: str | None = None
+        self.push_in_progress: PushInProgress | None = None
 
         super().__init__(
             model=policy,
@@ -342,6 +343,7 @@ class DiffusionTrainer(_BaseTrainer):
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ):
+        examples: Examples | StreamingExamples
         if isinstance(dataset, IterableDataset):
             examples = StreamingExamples(dataset, self.example_builder, training=is_training)
         else:
@@ -393,6 +395,7 @@ class DiffusionTrainer(_BaseTrainer):
 
     def reference_errors(self, model, noised: Noised) -> torch.Tensor:
         """The reference's `e_ref` on the same corrupted images, without gradient."""
+        assert self.reference is not None, "this method has no reference"
         with self.reference.policy(model, self.accelerator) as reference:
             return self.errors(reference, noised)
 
@@ -524,12 +527,13 @@ class DiffusionTrainer(_BaseTrainer):
             return
         if not self.is_world_process_zero() or self.args.hub_strategy == "end":
             return
-        running = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        pushing = self.push_in_progress
+        running = pushing is not None and not pushing.is_done()
         if running and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         jobs = hub.upload(hf_api(), self, Path(checkpoint_folder))
-        if running:
-            self.push_in_progress.jobs.extend(jobs)
+        if pushing is not None and running:
+            pushing.jobs.extend(jobs)
         else:
             self.push_in_progress = PushInProgress(jobs)

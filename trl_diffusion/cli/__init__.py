@@ -1,0 +1,24 @@
+"""The `trl-diffusion` command."""
+
+import argparse
+import importlib
+import sys
+
+
+COMMANDS = {
+    "kto": "Diffusion-KTO: align a model with likes and dislikes",
+    "generate": "draw images with a base or trained model",
+    "env": "print the versions that a bug report needs",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs `trl-diffusion <command> ...`; `trl-diffusion <command> --help` lists its options."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="trl-diffusion", description="Preference alignment of diffusion models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, text in COMMANDS.items():
+        # Each command parses its own options, which only then have to be imported.
+        commands.add_parser(name, help=text, add_help=False)
+    command = parser.parse_known_args(argv[:1])[0].command
+    importlib.import_module(f".{command}", __name__).run(argv[1:])

@@ -1,0 +1,90 @@
+"""Options that the training commands share; the names are TRL's where TRL has the option."""
+
+from dataclasses import dataclass, field
+
+from peft import LoraConfig
+
+
+@dataclass
+class ScriptArguments:
+    """
+    Which data to train on.
+
+    Parameters:
+        dataset_name (`str`):
+            Hub id or local folder, as `datasets.load_dataset` takes it.
+        dataset_config (`str`, *optional*):
+            Its configuration.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`):
+            Split to train on.
+        dataset_test_split (`str`, *optional*, defaults to `"test"`):
+            Split to evaluate on, if `--eval_strategy` asks for evaluation.
+        dataset_streaming (`bool`, *optional*, defaults to `False`):
+            Whether to stream the data set.
+    """
+
+    dataset_name: str = field(metadata={"help": "Hub id or local folder of the data set."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on, where asked for."})
+    dataset_streaming: bool = field(default=False, metadata={"help": "Whether to stream the data set."})
+
+
+@dataclass
+class ModelArguments:
+    """
+    Which model to train, and how much of it.
+
+    Parameters:
+        model_name_or_path (`str`):
+            Hub id or local folder of a diffusers pipeline.
+        model_revision (`str`, *optional*):
+            Branch, tag or commit on the Hub.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Dtype of the loaded weights; half precision is for LoRA only.
+        use_peft (`bool`, *optional*, defaults to `False`):
+            Whether to train a LoRA instead of the whole denoiser.
+        lora_r (`int`, *optional*, defaults to `16`), lora_alpha (`int`, *optional*, defaults to `32`):
+            Rank, and scale: the update is multiplied by alpha / rank.
+        lora_dropout (`float`, *optional*, defaults to `0.0`):
+            Dropout of the LoRA layers. Needs `--disable_dropout false` to have an effect.
+        lora_target_modules (`list[str]`, *optional*):
+            Modules to adapt. Defaults to the family's attention projections.
+        use_rslora, use_dora (`bool`, *optional*, defaults to `False`):
+            Variants of LoRA, see PEFT.
+    """
+
+    model_name_or_path: str = field(metadata={"help": "Hub id or local folder of a diffusers pipeline."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Dtype of the loaded weights.", "choices": ["bfloat16", "float16", "float32"]},
+    )
+    use_peft: bool = field(default=False, metadata={"help": "Whether to train a LoRA."})
+    lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha: the update is scaled by alpha / rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout; needs `--disable_dropout false`."})
+    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Modules that LoRA adapts."})
+    use_rslora: bool = field(default=False, metadata={"help": "Rank-stabilised LoRA."})
+    use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA."})
+
+    def peft_config(self) -> LoraConfig | None:
+        """The LoRA configuration, or None for full fine-tuning."""
+        if not self.use_peft:
+            return None
+        modules = self.lora_target_modules
+        if modules is not None and len(modules) == 1:
+            modules = modules[0]  # type: ignore[assignment]  # "all-linear" or a regular expression
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=modules,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+        )
+
+    def init_kwargs(self) -> dict[str, object]:
+        """Keyword arguments of `DiffusionPipeline.from_pretrained`."""
+        revision = {} if self.model_revision is None else {"revision": self.model_revision}
+        return {"dtype": self.dtype, **revision}
