@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Image, IterableDataset, Value
 
 
-AnyDataset: TypeAlias = "Dataset | IterableDataset"
+AnyDataset: TypeAlias = Dataset | IterableDataset
 
 COLUMN_KINDS = {
     "prompt": "string",

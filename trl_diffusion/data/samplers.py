@@ -50,7 +50,7 @@ class KeyedSampler(Sampler[ExampleKey]):
     def _passes(self, rows: np.ndarray, count: int, stream: int) -> tuple[np.ndarray, np.ndarray]:
         """`count` rows in shuffled passes, each row once before any comes again; and the number of each one's pass."""
         repeats = np.arange(count) // len(rows)
-        if not self.shuffle:
+        if not self.shuffle or count == 0:
             return np.resize(rows, count), repeats
         rng = np.random.default_rng([self.seed, self.epoch, stream])
         passes = [rng.permutation(rows) for _ in range(-(-count // len(rows)))]

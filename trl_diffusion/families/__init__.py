@@ -13,6 +13,16 @@ from .stable_diffusion import StableDiffusion
 FAMILIES: tuple[type[Family], ...] = (StableDiffusion,)
 
 
+def _family_class(pipeline: DiffusionPipeline) -> type[Family]:
+    for family in FAMILIES:
+        if type(pipeline).__name__ == family.pipeline_class:
+            return family
+    raise ValueError(
+        f"Found a pipeline of class {type(pipeline).__name__}, which no family handles; expected one of "
+        f"{[family.pipeline_class for family in FAMILIES]}."
+    )
+
+
 def family_of(pipeline: DiffusionPipeline) -> Family:
     """
     The family file of a pipeline, chosen by the pipeline's exact class.
@@ -20,13 +30,7 @@ def family_of(pipeline: DiffusionPipeline) -> Family:
     Raises:
         `ValueError`: if no family handles this class.
     """
-    for family in FAMILIES:
-        if type(pipeline).__name__ == family.pipeline_class:
-            return family(pipeline)
-    raise ValueError(
-        f"Found a pipeline of class {type(pipeline).__name__}, which no family handles; expected one of "
-        f"{[family.pipeline_class for family in FAMILIES]}."
-    )
+    return _family_class(pipeline)(pipeline)
 
 
 def load_pipeline(model: str, **kwargs: Any) -> DiffusionPipeline:
@@ -84,13 +88,13 @@ def resolve_model(
                 f"found {type(processing_class).__name__}: pass "
                 "`DiffusionPipeline.from_pretrained(base, <denoiser's name>=None)`."
             )
-        family = family_of(processing_class)
+        family = _family_class(processing_class)
         if type(model).__name__ != family.denoiser_class:
             raise ValueError(
                 f"Found a {type(model).__name__} for a {family.pipeline_class}, expected a {family.denoiser_class}."
             )
-        family.pipeline.register_modules(**{family.denoiser_name: model})
-        return family
+        processing_class.register_modules(**{family.denoiser_name: model})
+        return family(processing_class)
     if processing_class is not None:
         raise ValueError(
             "`processing_class` belongs to a bare denoiser; with a Hub id, folder or pipeline as `model` it is loaded "
