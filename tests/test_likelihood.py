@@ -74,5 +74,5 @@ def test_denoising_error_is_a_float32_mean_per_image():
 
 
 def test_a_scheduler_of_another_kind_is_refused():
-    with pytest.raises(ValueError, match="Found FlowMatchEulerDiscreteScheduler .* expected a DDPM-like scheduler"):
+    with pytest.raises(ValueError, match=r"Found FlowMatchEulerDiscreteScheduler .* expected a DDPM-like scheduler"):
         DDPMProcess.from_scheduler(FlowMatchEulerDiscreteScheduler())

@@ -30,13 +30,20 @@ def image_grid(rows: list[list[Image.Image]], captions: list[str] | None = None,
     for i, row in enumerate(rows):
         top = margin + i * (height + margin + head)
         if captions:
-            text = captions[i]
+            text = " ".join(captions[i].split())
             while len(text) > 1 and draw.textlength(text, font) > grid.width - 2 * margin:
                 text = text[:-2] + "…"
             draw.text((margin, top), text, "black", font)
         for j, image in enumerate(row):
             grid.paste(image.convert("RGB"), (margin + j * (width + margin), top + head))
     return grid
+
+
+class TensorBoardLogger(TensorBoardCallback):
+    """transformers' callback without its dump of the model's config, which a diffusers config does not offer."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
 
 
 class LogImagesCallback(TrainerCallback):
@@ -76,6 +83,7 @@ class LogImagesCallback(TrainerCallback):
     ):
         self.trainer, self.prompts, self.every_n_steps, self.seed = trainer, prompts, every_n_steps, seed
         self.num_images_per_prompt = num_images_per_prompt
+        self.last_step: int | None = None
         self.pipeline_kwargs: dict[str, Any] = {"num_inference_steps": num_inference_steps}
         if guidance_scale is not None:
             self.pipeline_kwargs["guidance_scale"] = guidance_scale
@@ -100,6 +108,7 @@ class LogImagesCallback(TrainerCallback):
             folder.mkdir(parents=True, exist_ok=True)
             grid.save(folder / f"step-{state.global_step:06d}.png")
             self._send_to_trackers(grid, state.global_step)
+        self.last_step = state.global_step
         self.trainer.accelerator.wait_for_everyone()
 
     def _send_to_trackers(self, grid: Image.Image, step: int) -> None:
@@ -109,9 +118,9 @@ class LogImagesCallback(TrainerCallback):
                 callback.tb_writer.add_image(
                     "samples", pixels.reshape(grid.height, grid.width, 3), step, dataformats="HWC"
                 )
-            elif isinstance(callback, WandbCallback):
+            elif isinstance(callback, WandbCallback) and callback._initialized:
                 callback._wandb.log({"samples": callback._wandb.Image(grid), "train/global_step": step})
-            elif isinstance(callback, TrackioCallback):
+            elif isinstance(callback, TrackioCallback) and callback._initialized:
                 callback._trackio.log({"samples": callback._trackio.Image(grid), "train/global_step": step})
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -119,11 +128,12 @@ class LogImagesCallback(TrainerCallback):
             self._log(args, state)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.every_n_steps == 0:
+        # The last grid comes here and not at the end of training, where the trackers may already be closed.
+        if state.global_step % self.every_n_steps == 0 or state.global_step >= state.max_steps:
             self._log(args, state)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if state.global_step % self.every_n_steps:
+        if self.last_step != state.global_step:  # stopped early
             self._log(args, state)
 
 

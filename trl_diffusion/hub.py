@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from diffusers import DiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, load_torch_model, save_torch_state_dict
 from huggingface_hub.utils import HfHubHTTPError, validate_repo_id
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -25,7 +24,11 @@ from .families import Family, family_of, load_pipeline
 
 ADAPTER_FILE = "adapter_model.safetensors"
 DENOISER_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
-INCOMPLETE = ".incomplete"
+# Trainer leaves out of its uploads what starts with an underscore.
+INCOMPLETE = "_incomplete"
+
+
+OLD = "_old-"
 
 
 @contextmanager
@@ -34,30 +37,35 @@ def written_whole(directory: str | os.PathLike) -> Iterator[Path]:
     Yields an empty folder to write into; its entries appear in `directory` when the block ends without an error.
 
     Each entry (a file or a folder) is put in place by a rename, never half-written. After an error `directory` is as
-    it was.
+    it was; what a killed run left behind is cleared away first.
     """
     directory = Path(directory)
     staging = directory / INCOMPLETE
-    shutil.rmtree(staging, ignore_errors=True)
+    clear_staging(directory)
     staging.mkdir(parents=True)
     try:
         yield staging
-        for entry in sorted(staging.iterdir()):
+        for entry in [entry for entry in sorted(staging.iterdir()) if not entry.name.startswith(OLD)]:
             put_in_place(entry, directory / entry.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def put_in_place(source: Path, target: Path) -> None:
-    """Renames `source` to `target`, which may exist: a file is replaced at once, a folder moves aside first."""
+    """Renames `source` to `target`; a file there is replaced at once, a folder moves aside, into the staging."""
     if source.is_dir() and target.exists():
-        aside = target.with_name(f"{INCOMPLETE}-old-{target.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(target, aside)
-        os.replace(source, target)
-        shutil.rmtree(aside)
-    else:
-        os.replace(source, target)
+        os.replace(target, source.with_name(f"{OLD}{target.name}"))
+    os.replace(source, target)
+
+
+def clear_staging(directory: Path) -> None:
+    """Removes what a killed run left in the staging folder, and puts back a folder that it had just moved aside."""
+    staging = directory / INCOMPLETE
+    for old in staging.glob(f"{OLD}*"):
+        target = directory / old.name.removeprefix(OLD)
+        if not target.exists():
+            os.replace(old, target)
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def loads_as_diffusers_lora(config: PeftConfig) -> bool:
@@ -99,7 +107,7 @@ def save_policy(model, family: Family, directory: Path, state_dict: dict[str, to
         family.pipeline.save_lora_weights(
             directory,
             **{
-                f"{family.denoiser_name}_lora_layers": convert_state_dict_to_diffusers(lora),
+                f"{family.denoiser_name}_lora_layers": lora,
                 f"{family.denoiser_name}_lora_adapter_metadata": config.to_dict(),
             },
         )
@@ -124,18 +132,22 @@ def load_policy(model, family: Family, directory: str | os.PathLike) -> None:
     if is_peft_model(model):
         if not (directory / ADAPTER_FILE).is_file():
             raise ValueError(f"Found no {ADAPTER_FILE} in {directory}: expected a checkpoint of an adapter training.")
-        result = set_peft_model_state_dict(model, load_file(directory / ADAPTER_FILE))
-        unexpected = result.unexpected_keys
+        adapter = load_file(directory / ADAPTER_FILE)
+        expected = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+        if adapter.keys() != expected:
+            differ = sorted(adapter.keys() ^ expected)
+            raise ValueError(
+                f"The adapter in {directory} adapts other modules than this one, for example {differ[0]!r}: resume "
+                "with the `peft_config` of the first run."
+            )
+        set_peft_model_state_dict(model, adapter)
     else:
         folder = directory / family.denoiser_name
         if not folder.is_dir():
             raise ValueError(
                 f"Found no folder {family.denoiser_name!r} in {directory}: expected a checkpoint of full fine-tuning."
             )
-        result = load_torch_model(model, folder, strict=True, filename_pattern=DENOISER_PATTERN)
-        unexpected = result.unexpected_keys
-    if unexpected:
-        raise ValueError(f"The weights in {directory} belong to another model: unexpected {unexpected[:3]} ...")
+        load_torch_model(model, folder, strict=True, filename_pattern=DENOISER_PATTERN)
 
 
 def save_training_args(args: TrainingArguments, directory: Path) -> None:
@@ -144,10 +156,7 @@ def save_training_args(args: TrainingArguments, directory: Path) -> None:
 
     JSON and not the pickle that `Trainer` writes: that one holds the Hub token in plain text, and is pushed.
     """
-    record = args.to_dict()  # tokens are blanked here
-    init_kwargs = record.get("model_init_kwargs")
-    if isinstance(init_kwargs, dict) and "token" in init_kwargs:
-        record["model_init_kwargs"] = init_kwargs | {"token": "<TOKEN>"}
+    record = args.to_dict()  # without tokens
     (directory / "training_args.json").write_text(json.dumps(record, indent=2, default=str, sort_keys=True) + "\n")
 
 
@@ -223,6 +232,7 @@ def model_card(trainer, model_name: str | None = None, dataset_name: str | None 
     model_name = model_name or output_dir.name
     base_model = trainer.base_model_id
     hub_base = base_model if is_hub_id(base_model) else None
+    hub_data = dataset_name if is_hub_id(dataset_name) else None
     load_id = trainer.hub_model_id or model_name
     pictures = sorted((output_dir / "samples").glob("*.png"))
 
@@ -233,7 +243,7 @@ def model_card(trainer, model_name: str | None = None, dataset_name: str | None 
     evaluation = [
         EvalResult(
             task_type="text-to-image",
-            dataset_type=dataset_name or "preference",
+            dataset_type=hub_data or "preference",
             dataset_name=dataset_name or "held-out preference data",
             metric_type=name.removeprefix("eval_"),
             metric_value=value,
@@ -246,7 +256,7 @@ def model_card(trainer, model_name: str | None = None, dataset_name: str | None 
         base_model=hub_base,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        datasets=dataset_name,
+        datasets=hub_data,
         model_name=model_name,
         tags=sorted({*trainer._tag_names, *extra_tags, *(["lora"] if peft else [])}),
         eval_results=evaluation or None,

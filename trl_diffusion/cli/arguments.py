@@ -73,8 +73,12 @@ class ModelArguments:
         if not self.use_peft:
             return None
         modules = self.lora_target_modules
-        if modules is not None and len(modules) == 1:
-            modules = modules[0]  # type: ignore[assignment]  # "all-linear" or a regular expression
+        if (
+            modules is not None
+            and len(modules) == 1
+            and (modules[0] == "all-linear" or set(modules[0]) & set("*|()\\[]"))
+        ):
+            modules = modules[0]  # type: ignore[assignment]  # a keyword of PEFT, or a regular expression
         return LoraConfig(
             r=self.lora_r,
             lora_alpha=self.lora_alpha,

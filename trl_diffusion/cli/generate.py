@@ -21,7 +21,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="the i-th image of each prompt starts from seed + i (0)")
     parser.add_argument("--num_inference_steps", type=int, default=25, help="sampling steps (25)")
     parser.add_argument("--guidance_scale", type=float, help="guidance scale (the pipeline's own)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="dtype of the weights"
+    )
     return parser
 
 

@@ -12,8 +12,8 @@ def make_parser(config_class, prog: str | None = None) -> TrlParser:
     return TrlParser((ScriptArguments, config_class, ModelArguments), prog=prog)
 
 
-def train(trainer_class, script_args: ScriptArguments, training_args, model_args: ModelArguments) -> None:
-    """Trains, saves to `output_dir`, and pushes to the Hub if asked to."""
+def make_trainer(trainer_class, script_args: ScriptArguments, training_args, model_args: ModelArguments):
+    """The trainer that the options describe."""
     dataset = load_dataset(
         script_args.dataset_name, script_args.dataset_config, streaming=script_args.dataset_streaming
     )
@@ -27,13 +27,18 @@ def train(trainer_class, script_args: ScriptArguments, training_args, model_args
             "with `--dataset_train_split` and `--dataset_test_split`."
         )
     training_args.model_init_kwargs = model_args.init_kwargs() | (training_args.model_init_kwargs or {})
-    trainer = trainer_class(
+    return trainer_class(
         model=model_args.model_name_or_path,
         args=training_args,
         train_dataset=dataset[splits[0]],
         eval_dataset=dataset[splits[1]] if len(splits) > 1 else None,
         peft_config=model_args.peft_config(),
     )
+
+
+def train(trainer_class, script_args: ScriptArguments, training_args, model_args: ModelArguments) -> None:
+    """Trains, saves to `output_dir`, and pushes to the Hub if asked to."""
+    trainer = make_trainer(trainer_class, script_args, training_args, model_args)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
     trainer.create_model_card(dataset_name=script_args.dataset_name)

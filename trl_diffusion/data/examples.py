@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from PIL import Image
 from torch.utils import data as torch_data
 
 from .draws import EVALUATION, Draws, ExampleKey
@@ -79,7 +80,7 @@ def _read(row: int, read: Callable[[], Any]) -> Any:
     """Runs `read`, which decodes images, and names the row if that fails."""
     try:
         return read()
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"The image in row {row} cannot be read ({error}): replace the file or drop the row."
         ) from error
@@ -117,16 +118,10 @@ class StreamingExamples(torch_data.IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         rows = iter(self.rows.select_columns(self.builder.columns))
 
-        def read(key: ExampleKey) -> dict[str, Any] | None:
-            row = next(rows, None)
-            if row is None:
-                return None
-            check_row(row, self.builder.columns, key.row)
-            return self.builder(row, key)
-
         epoch = self.epoch if self.training else EVALUATION
         for place in count():
-            example = _read(place, partial(read, ExampleKey(place, epoch)))
-            if example is None:
+            row = _read(place, lambda: next(rows, None))
+            if row is None:
                 return
-            yield example
+            check_row(row, self.builder.columns, place)
+            yield _read(place, partial(self.builder, row, ExampleKey(place, epoch)))

@@ -86,9 +86,7 @@ def check_dataset(dataset: AnyDataset, required: tuple[str, ...], what: str) -> 
             + (": pick a split, for example `dataset['train']`." if isinstance(dataset, dict) else ".")
         )
     if isinstance(dataset, IterableDataset):
-        # Without declared features the first row has to tell.
-        features = dataset.features or datasets.IterableDataset._resolve_features(dataset).features or {}
-        _check_features(features, present_columns(dataset, required), what)
+        _check_features(dataset.features or {}, present_columns(dataset, required), what)
         return
     if len(dataset) == 0:
         raise ValueError(f"The {what} is empty: expected at least one row with the columns {list(required)}.")
@@ -106,6 +104,21 @@ def check_dataset(dataset: AnyDataset, required: tuple[str, ...], what: str) -> 
                 f"Column {name!r} of the {what} is None in row {nulls[0]}: give it a value, or drop such rows with "
                 f"`dataset.filter(lambda row: row[{name!r}] is not None)`."
             )
+
+
+def declare_columns(dataset: AnyDataset) -> AnyDataset:
+    """
+    Declares the columns of a stream that declares none, as every stream does after `map`.
+
+    The first row tells which of the contract's columns there are; their types are the contract's.
+    """
+    if not isinstance(dataset, IterableDataset) or dataset.features is not None:
+        return dataset
+    types = {"string": Value("string"), "image": Image(), "bool": Value("bool"), "float": Value("float32")}
+    first: Mapping = next(iter(dataset), {})
+    names = [name for name in first if name in COLUMN_KINDS]
+    check_row(first, names, 0)
+    return dataset.select_columns(names).cast(datasets.Features({name: types[COLUMN_KINDS[name]] for name in names}))
 
 
 def _arrow_batches(table: Dataset, size: int = 100_000):
@@ -133,7 +146,7 @@ def unpair_preference_dataset(dataset: AnyDataset) -> AnyDataset:
     """
     Turns pairs into single images: each row `prompt, chosen, rejected` becomes a liked and a disliked row.
 
-    The images are not decoded. The counterpart of TRL's function of the same name.
+    The images of a map-style data set are not decoded. The counterpart of TRL's function of the same name.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`):
@@ -146,12 +159,14 @@ def unpair_preference_dataset(dataset: AnyDataset) -> AnyDataset:
     Raises:
         `ValueError`: if a column of the paired contract is missing.
     """
+    dataset = declare_columns(dataset)
     columns = present_columns(dataset, ("prompt", "chosen", "rejected"))
     _check_features(dataset.features or {}, columns, "paired data set")
     kept = [name for name in columns if name not in ("chosen", "rejected")]
     raw = dataset.select_columns(columns)
-    for name in ("chosen", "rejected"):
-        raw = raw.cast_column(name, Image(decode=False))
+    if isinstance(dataset, Dataset):  # a stream would hand out images undecoded for good
+        for name in ("chosen", "rejected"):
+            raw = raw.cast_column(name, Image(decode=False))
 
     def unpair(batch: dict[str, list]) -> dict[str, list]:
         pairs = list(zip(batch["chosen"], batch["rejected"], strict=True))

@@ -103,6 +103,13 @@ class DiffusionConfig(_BaseConfig):
     # TrainingArguments parses these from JSON strings on the command line.
     _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
 
+    def to_dict(self):
+        # Trackers and files record this; Trainer's version blanks its own tokens only.
+        record = super().to_dict()
+        if isinstance(record["model_init_kwargs"], dict) and "token" in record["model_init_kwargs"]:
+            record["model_init_kwargs"] = record["model_init_kwargs"] | {"token": "<TOKEN>"}
+        return record
+
     def __post_init__(self):
         if self.bf16 is None and not torch.accelerator.is_available():
             # TRL's default of True is refused by TrainingArguments on a machine without an accelerator.
@@ -113,6 +120,10 @@ class DiffusionConfig(_BaseConfig):
         for name in ("validation_steps", "num_validation_images", "validation_inference_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, found {getattr(self, name)}.")
+        if self.validation_prompts is not None and not isinstance(self.validation_prompts, list):
+            raise ValueError(
+                f"`validation_prompts` must be a list, found {self.validation_prompts!r}: put it in brackets."
+            )
         # What Trainer offers and a diffusion model cannot use is refused rather than ignored.
         unusable = {
             "neftune_noise_alpha": self.neftune_noise_alpha is not None,

@@ -8,6 +8,7 @@ import functools
 import os
 import shutil
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,15 +19,16 @@ from diffusers import DiffusionPipeline, ModelMixin
 from peft import PeftConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
 from transformers import EvalPrediction, TrainerCallback, set_seed
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer import PushInProgress, hf_api, rotate_checkpoints
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
 from .. import hub
-from ..callbacks import LogImagesCallback
+from ..callbacks import LogImagesCallback, TensorBoardLogger
 from ..data.examples import ExampleBuilder, Examples, StreamingExamples, collate
-from ..data.formats import AnyDataset, check_dataset, present_columns
+from ..data.formats import AnyDataset, check_dataset, declare_columns, present_columns
 from ..data.images import ImageTransform
 from ..data.samplers import KeyedSampler
 from ..families import Family, resolve_model
@@ -116,6 +118,10 @@ class DiffusionTrainer(_BaseTrainer):
     image_columns: ClassVar[tuple[str, ...]]
     """Those of them that hold images."""
 
+    _metric_sums: MetricSums
+    _means: dict[str, float]
+    _first_bad_step: torch.Tensor
+
     def __init__(
         self,
         model: str | DiffusionPipeline | ModelMixin,
@@ -157,6 +163,8 @@ class DiffusionTrainer(_BaseTrainer):
             model if isinstance(model, str) else self.pipeline.config.get("_name_or_path") or "a pipeline in memory"
         )
         self.resolution = self._resolve_resolution(args)
+        if ref_model is self.family.denoiser:
+            raise ValueError("`model` and `ref_model` are the same object: omit `ref_model`, a frozen copy is made.")
         policy = self._make_policy(peft_config, args)
         if ref_model is not None and type(ref_model).__name__ != self.family.denoiser_class:
             raise TypeError(f"`ref_model` must be a {self.family.denoiser_class}, found {type(ref_model).__name__}.")
@@ -176,8 +184,6 @@ class DiffusionTrainer(_BaseTrainer):
         )
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
-        self._metric_sums = MetricSums()
-        self._means: dict[str, float] = {}
         self._staging: str | None = None
         self.push_in_progress: PushInProgress | None = None
 
@@ -198,8 +204,9 @@ class DiffusionTrainer(_BaseTrainer):
                 f"Found {self.args.n_gpu} devices in one process (DataParallel), expected one: start with "
                 "`accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES."
             )
-        # A loss that is not finite is noticed at the next log or checkpoint, without a synchronisation per step.
-        self._first_bad_step = torch.tensor(torch.inf, device=self.accelerator.device)
+        tensorboard = self.pop_callback(TensorBoardCallback)
+        if tensorboard is not None:
+            self.add_callback(TensorBoardLogger(tensorboard.tb_writer))
         for module in self.family.frozen_modules.values():
             module.requires_grad_(False).eval().to(self.accelerator.device)
         if self.reference is not None:
@@ -244,6 +251,7 @@ class DiffusionTrainer(_BaseTrainer):
         pass
 
     def _prepare_dataset(self, dataset: AnyDataset, what: str) -> AnyDataset:
+        dataset = declare_columns(dataset)
         check_dataset(dataset, self.columns, what)
         return dataset
 
@@ -267,7 +275,7 @@ class DiffusionTrainer(_BaseTrainer):
         args.accelerator_config.dispatch_batches = False
 
     def _resolve_resolution(self, args: DiffusionConfig) -> int:
-        resolution = args.resolution or self.family.default_resolution()
+        resolution = self.family.default_resolution() if args.resolution is None else args.resolution
         multiple = self.family.resolution_multiple()
         if resolution % multiple or resolution <= 0:
             below = max(multiple, resolution // multiple * multiple)
@@ -299,6 +307,20 @@ class DiffusionTrainer(_BaseTrainer):
                 "Reentrant checkpointing loses the gradient of an adapter: drop `use_reentrant=True` from "
                 "`gradient_checkpointing_kwargs`."
             )
+        if peft_config.is_prompt_learning:
+            raise ValueError(
+                f"Found a `peft_config` of type {peft_config.peft_type.value}, which is for language models, with a "
+                f"{self.family.denoiser_class}: use LoRA or another adapter of weights."
+            )
+        # With these, the denoiser without its adapter would no longer be the model that the training started from.
+        start, bias = getattr(peft_config, "init_lora_weights", True), getattr(peft_config, "bias", "none")
+        if not (start is True or start is False or start == "gaussian"):
+            raise ValueError(
+                f"`init_lora_weights={start!r}` changes the base weights, which are the reference: use True or "
+                "'gaussian'."
+            )
+        if bias != "none":
+            raise ValueError(f"`bias={bias!r}` trains the base's biases, which belong to the reference: use 'none'.")
         peft_config = copy.copy(peft_config)
         if getattr(peft_config, "target_modules", ...) is None:
             peft_config.target_modules = set(self.family.lora_targets)
@@ -343,11 +365,12 @@ class DiffusionTrainer(_BaseTrainer):
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ):
+        builder = replace(self.example_builder, columns=present_columns(dataset, self.columns))
         examples: Examples | StreamingExamples
         if isinstance(dataset, IterableDataset):
-            examples = StreamingExamples(dataset, self.example_builder, training=is_training)
+            examples = StreamingExamples(dataset, builder, training=is_training)
         else:
-            examples = Examples(dataset, self.example_builder)
+            examples = Examples(dataset, builder)
         return super()._get_dataloader(examples, description, batch_size, sampler_fn, is_training, dataloader_key)
 
     def _get_train_sampler(self, train_dataset=None):
@@ -416,6 +439,9 @@ class DiffusionTrainer(_BaseTrainer):
             )
 
     def train(self, *args, **kwargs):
+        self._metric_sums, self._means = MetricSums(), {}
+        # A loss that is not finite is noticed at the next log or checkpoint, without a synchronisation per step.
+        self._first_bad_step = torch.tensor(torch.inf, device=self.accelerator.device)
         output = super().train(*args, **kwargs)
         self._stop_if_not_finite()
         return output
@@ -432,8 +458,8 @@ class DiffusionTrainer(_BaseTrainer):
         return means
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        logs.update(self._means)
-        self._means = {}
+        if "loss" in logs:
+            logs.update(self._means)
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"):
@@ -469,7 +495,7 @@ class DiffusionTrainer(_BaseTrainer):
         staging = output_dir / hub.INCOMPLETE
         if self.args.should_save:
             self.create_model_card()
-            shutil.rmtree(staging, ignore_errors=True)  # what a killed run may have left
+            hub.clear_staging(output_dir)
         self.accelerator.wait_for_everyone()
         self._staging = str(staging)
         try:
@@ -486,7 +512,7 @@ class DiffusionTrainer(_BaseTrainer):
         if self.args.should_save:
             self.state.save_to_json(str(staging / name / "trainer_state.json"))
             hub.put_in_place(staging / name, output_dir / name)
-            staging.rmdir()
+            shutil.rmtree(staging)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(output_dir / name))

@@ -1,5 +1,6 @@
 """Settings of Diffusion-KTO."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -71,8 +72,8 @@ class DiffusionKTOConfig(DiffusionConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.beta > 0:
-            raise ValueError(f"`beta` must be positive, found {self.beta}: the paper uses 5000.")
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"`beta` must be positive and finite, found {self.beta}: the paper uses 5000.")
         choices = {
             "loss_type": ("kto", "apo_zero_unpaired"),
             "utility": ("kahneman_tversky", "loss_averse", "risk_seeking"),
@@ -91,8 +92,8 @@ class DiffusionKTOConfig(DiffusionConfig):
                 "`train_sampling_strategy='sequential'` contradicts a `desirable_ratio`: set `desirable_ratio=None`."
             )
         for name in ("desirable_weight", "undesirable_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, found {getattr(self, name)}.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must not be negative, infinite or nan, found {getattr(self, name)}.")
         if self.loss_type == "apo_zero_unpaired" and self.utility != "kahneman_tversky":
             raise ValueError(
                 f"`utility={self.utility!r}` belongs to `loss_type='kto'`: found loss_type='apo_zero_unpaired', which "

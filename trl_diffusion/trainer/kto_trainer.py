@@ -6,7 +6,7 @@ import torch
 from datasets import IterableDataset
 from transformers import EvalPrediction
 
-from ..data.formats import AnyDataset, read_labels, unpair_preference_dataset
+from ..data.formats import AnyDataset, declare_columns, read_labels, unpair_preference_dataset
 from ..data.samplers import DesirableRatioSampler
 from ..losses import apo_zero_unpaired_loss, kto_loss, kto_reference_point
 from .base_trainer import DiffusionTrainer, Noised
@@ -64,6 +64,7 @@ class DiffusionKTOTrainer(DiffusionTrainer):
     # ---- Data -------------------------------------------------------------------------------------------------------
 
     def _prepare_dataset(self, dataset: AnyDataset, what: str) -> AnyDataset:
+        dataset = declare_columns(dataset)
         paired = {"chosen", "rejected"} <= set(getattr(dataset, "column_names", None) or ())
         if paired:
             dataset = unpair_preference_dataset(dataset)

@@ -1,0 +1,43 @@
+"""Trains KTO on the tiny pipeline and writes losses, metrics and weights; started by torchrun on one or more ranks."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.conftest import unpaired
+from tests.tiny import tiny_stable_diffusion
+from trl_diffusion import DiffusionKTOConfig, DiffusionKTOTrainer
+
+
+def train(output_dir: str, lora: bool = False, resume: str | None = None, **options) -> None:
+    trainer = DiffusionKTOTrainer(
+        model=tiny_stable_diffusion(),
+        args=DiffusionKTOConfig(output_dir, use_cpu=True, report_to="none", logging_steps=1, **options),
+        train_dataset=unpaired(),
+        eval_dataset=unpaired(7),
+        peft_config=LoraConfig(r=4, lora_alpha=8) if lora else None,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    evaluation = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        trained = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
+        save_file(trained, f"{output_dir}/trained.safetensors")
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+        Path(output_dir, "log.json").write_text(json.dumps({"train": log, "eval": evaluation}))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for run in json.loads(sys.argv[1]):  # several in one process, because starting one takes longer than a run
+        train(**run)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,398 @@
+"""From files to batches: image modes, resize and crop, draws per row, pairs, columns."""
+
+import io
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Image, IterableDataset, Value
+from diffusers.utils import load_image
+from PIL import Image as PILImage
+from PIL import ImageOps
+
+from tests.conftest import picture, unpaired
+from tests.tiny import tiny_stable_diffusion
+from trl_diffusion import DiffusionKTOConfig, DiffusionKTOTrainer, unpair_preference_dataset
+from trl_diffusion.data.draws import Draws, ExampleKey
+from trl_diffusion.data.examples import ExampleBuilder, Examples, StreamingExamples, collate
+from trl_diffusion.data.images import ImageTransform
+
+
+def draws(row: int = 0, seed: int = 0) -> Draws:
+    return Draws(seed, ExampleKey(row, epoch=0))
+
+
+def builder(**changes) -> ExampleBuilder:
+    settings = {
+        "columns": ["prompt", "image", "label"],
+        "image_columns": ("image",),
+        "transform": ImageTransform(16),
+        "latent_shape": (4, 8, 8),
+        "proportion_empty_prompts": 0.0,
+        "seed": 0,
+    }
+    return ExampleBuilder(**settings | changes)
+
+
+def to_pixels(image: PILImage.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
+
+
+# ---- Image modes ----------------------------------------------------------------------------------------------------
+
+
+def sixteen_bit() -> PILImage.Image:
+    return PILImage.fromarray(np.random.default_rng(0).integers(0, 65536, (16, 16), dtype=np.uint16))
+
+
+def transparent(mode: str) -> PILImage.Image:
+    image = picture(1).convert(mode)
+    image.putalpha(picture(2, mode="L"))
+    return image
+
+
+def transparent_palette() -> PILImage.Image:
+    image = picture(3).quantize(8)
+    image.info["transparency"] = 2
+    return image
+
+
+FILES = {
+    "RGB": ("png", lambda: picture(0)),
+    "grey": ("png", lambda: picture(0, mode="L")),
+    "grey jpeg": ("jpeg", lambda: picture(0, mode="L")),
+    "LA": ("png", lambda: transparent("L")),
+    "RGBA": ("png", lambda: transparent("RGB")),
+    "palette": ("png", lambda: picture(0).quantize(8)),
+    "palette with transparency": ("png", transparent_palette),
+    "gif": ("gif", lambda: picture(0).quantize(8)),
+    "CMYK": ("jpeg", lambda: picture(0, mode="CMYK")),
+    "CMYK tiff": ("tiff", lambda: picture(0, mode="CMYK")),
+    "16 bit": ("png", sixteen_bit),
+    "1 bit": ("png", lambda: picture(0, mode="1")),
+    "float": ("tiff", lambda: picture(0, mode="F")),
+    "webp": ("webp", lambda: transparent("RGB")),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", FILES)
+def test_image_modes_are_converted_as_diffusers_does(tmp_path, name, streaming):
+    kind, make = FILES[name]
+    path = tmp_path / f"image.{kind}"
+    image = make()
+    image.save(path, transparency=image.info.get("transparency")) if "transp" in name else image.save(path)
+    dataset = Dataset.from_dict(
+        {"prompt": ["p"], "image": [str(path)], "label": [True]},
+        features=Features({"prompt": Value("string"), "image": Image(), "label": Value("bool")}),
+    )
+    if streaming:
+        example = next(iter(StreamingExamples(dataset.to_iterable_dataset(), builder(), training=True)))
+    else:
+        example = Examples(dataset, builder())[0]
+    expected = load_image(str(path))
+    assert expected.size == (16, 16)
+    assert example["pixel_values"].dtype == torch.float32
+    torch.testing.assert_close(example["pixel_values"], to_pixels(expected)[None], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_once(tmp_path, orientation):
+    path = tmp_path / "image.png"
+    exif = PILImage.Exif()
+    exif[0x0112] = orientation
+    picture(0).save(path, exif=exif)
+    dataset = Dataset.from_dict({"prompt": ["p"], "image": [str(path)], "label": [True]}).cast_column("image", Image())
+    pixels = Examples(dataset, builder())[0]["pixel_values"][0]
+    torch.testing.assert_close(pixels, to_pixels(load_image(str(path))), rtol=0, atol=1e-6)
+    upright = to_pixels(picture(0))
+    assert torch.equal(pixels, upright) == (orientation == 1)
+
+
+# ---- Resize, crop, flip ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "size", [(16, 16), (32, 32), (8, 8), (40, 16), (16, 40), (37, 23), (23, 37), (5, 50), (17, 16)]
+)
+def test_shorter_side_fits_and_the_centre_stays(size):
+    image = picture(0, size)
+    factor = 16 / min(size)
+    wide = (round(size[0] * factor), round(size[1] * factor))
+    resized = image if wide == size else image.resize(wide, PILImage.Resampling.LANCZOS)
+    left, top = (wide[0] - 16) // 2, (wide[1] - 16) // 2
+    expected = resized.crop((left, top, left + 16, top + 16))
+    pixels = ImageTransform(16)(image, draws())
+    assert pixels.shape == (3, 16, 16)
+    assert torch.equal(pixels, ImageTransform(16)(image, draws(row=7)))
+    torch.testing.assert_close(pixels, to_pixels(expected), rtol=0, atol=1e-6)
+
+
+def test_pixels_span_minus_one_to_one():
+    black_and_white = PILImage.fromarray(np.repeat([[[0], [255]]], 3, axis=2).astype(np.uint8)).resize((16, 16), 0)
+    pixels = ImageTransform(16)(black_and_white, draws())
+    assert (pixels.min().item(), pixels.max().item()) == (-1, 1)
+
+
+def test_random_crop_takes_every_place_and_only_these():
+    image = picture(0, (20, 16))
+    places = [to_pixels(image.crop((left, 0, left + 16, 16))) for left in range(5)]
+    transform = ImageTransform(16, center_crop=False)
+    seen = set()
+    for row in range(100):
+        pixels = transform(image, draws(row))
+        assert torch.equal(pixels, transform(image, draws(row)))
+        seen.add(next(i for i, place in enumerate(places) if torch.allclose(pixels, place, atol=1e-6)))
+    assert seen == {0, 1, 2, 3, 4}
+
+
+def test_random_flip_mirrors_half_and_leaves_the_crop():
+    image = picture(0, (20, 16))
+    plain, flipping = ImageTransform(16, center_crop=False), ImageTransform(16, center_crop=False, random_flip=True)
+    mirrored = 0
+    for row in range(200):
+        pixels, original = flipping(image, draws(row)), plain(image, draws(row))
+        assert torch.equal(pixels, flipping(image, draws(row)))
+        if not torch.equal(pixels, original):
+            assert torch.equal(pixels, original.flip(2))
+            mirrored += 1
+    assert 70 <= mirrored <= 130
+
+
+def test_crop_and_flip_follow_seed_and_epoch():
+    image = picture(0, (64, 16))
+    transform = ImageTransform(16, center_crop=False, random_flip=True)
+    pixels = lambda seed, epoch: [transform(image, Draws(seed, ExampleKey(i, epoch))) for i in range(8)]  # noqa: E731
+    same = lambda a, b: all(map(torch.equal, a, b))  # noqa: E731
+    assert same(pixels(0, 0), pixels(0, 0))
+    assert not same(pixels(0, 0), pixels(1, 0))
+    assert not same(pixels(0, 0), pixels(0, 1))
+
+
+# ---- Pairs ----------------------------------------------------------------------------------------------------------
+
+
+def paired(rows: int = 5, weight: bool = False) -> Dataset:
+    columns = {
+        "prompt": [f"prompt {i}" for i in range(rows)],
+        "chosen": [picture(2 * i) for i in range(rows)],
+        "rejected": [picture(2 * i + 1) for i in range(rows)],
+        "another": list(range(rows)),
+    }
+    kinds = {"prompt": Value("string"), "chosen": Image(), "rejected": Image(), "another": Value("int64")}
+    if weight:
+        columns["weight"], kinds["weight"] = [0.5 * i for i in range(rows)], Value("float32")
+    return Dataset.from_dict(columns, features=Features(kinds))
+
+
+def image_bytes(dataset, column: str) -> list[bytes]:
+    return [row[column]["bytes"] for row in dataset.cast_column(column, Image(decode=False))]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("weight", [False, True])
+def test_unpair(streaming, weight):
+    pairs = paired(weight=weight)
+    single = unpair_preference_dataset(pairs.to_iterable_dataset() if streaming else pairs)
+    assert isinstance(single, IterableDataset if streaming else Dataset)
+    assert set(single.column_names) == {"prompt", "image", "label"} | ({"weight"} if weight else set())
+    assert single.features["label"] == Value("bool")
+    assert isinstance(single.features["image"], Image)
+    rows = list(single)
+    assert [row["prompt"] for row in rows] == [f"prompt {i // 2}" for i in range(10)]
+    assert [row["label"] for row in rows] == [True, False] * 5
+    if weight:
+        assert [row["weight"] for row in rows] == [0.5 * (i // 2) for i in range(10)]
+    for i, row in enumerate(rows):
+        np.testing.assert_array_equal(np.asarray(row["image"]), np.asarray(picture(i)))
+    if streaming:  # hands out decoded images only
+        return
+    files = image_bytes(single, "image")
+    assert files[::2] == image_bytes(pairs, "chosen")
+    assert files[1::2] == image_bytes(pairs, "rejected")
+
+
+def test_unpair_of_a_stream_without_declared_columns():
+    """`stream.map(...)` forgets the columns' types."""
+    stream = paired().to_iterable_dataset().map(lambda row: row)
+    assert stream.features is None
+    rows = list(unpair_preference_dataset(stream))
+    assert [row["label"] for row in rows] == [True, False] * 5
+    np.testing.assert_array_equal(np.asarray(rows[3]["image"]), np.asarray(picture(3)))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["prompt", "chosen", "rejected"])
+def test_unpair_refuses_other_columns(name, streaming):
+    dataset = paired().rename_column(name, "other")
+    with pytest.raises(
+        ValueError, match=rf"paired data set lacks the column '{name}': found .*'other'.*rename_column"
+    ):
+        unpair_preference_dataset(dataset.to_iterable_dataset() if streaming else dataset)
+
+
+def test_unpair_refuses_paths():
+    dataset = paired().remove_columns("chosen").add_column("chosen", ["a.png"] * 5)
+    with pytest.raises(ValueError, match=r"'chosen' of the paired data set is .*string.*expected image"):
+        unpair_preference_dataset(dataset)
+
+
+# ---- Batches --------------------------------------------------------------------------------------------------------
+
+
+def test_collate_shapes_and_types():
+    dataset = unpaired(3).add_column("weight", [1.0, 0.5, 2.0])
+    examples = Examples(dataset, builder(columns=["prompt", "image", "label", "weight"]))
+    batch = collate([examples[ExampleKey(i, epoch=0)] for i in range(3)])
+    shapes = {name: (tuple(value.shape), value.dtype) for name, value in batch.items() if name != "prompt"}
+    assert shapes == {
+        "pixel_values": ((3, 1, 3, 16, 16), torch.float32),
+        "posterior_noise": ((3, 1, 4, 8, 8), torch.float32),
+        "noise": ((3, 4, 8, 8), torch.float32),
+        "timestep": ((3,), torch.float64),
+        "label": ((3,), torch.bool),
+        "weight": ((3,), torch.float32),
+    }
+    assert batch["prompt"] == ["picture 0", "picture 1", "picture 2"]
+    assert batch["label"].tolist() == [True, False, False]
+    assert batch["weight"].tolist() == [1.0, 0.5, 2.0]
+    assert ((0 <= batch["timestep"]) & (batch["timestep"] < 1)).all()
+
+
+def test_only_the_methods_columns_are_read():
+    """Another column, here one whose image cannot be decoded, is never touched."""
+    broken = [{"bytes": b"broken", "path": None}] * 3
+    dataset = unpaired(3).add_column("another", broken, feature=Image())
+    assert set(Examples(dataset, builder())[0]) == {
+        "pixel_values",
+        "posterior_noise",
+        "noise",
+        "timestep",
+        "prompt",
+        "label",
+    }
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_empty_prompts_in_training_and_never_in_evaluation(streaming):
+    dataset, half = unpaired(200), builder(proportion_empty_prompts=0.5)
+    if streaming:
+        read = lambda training: list(StreamingExamples(dataset.to_iterable_dataset(), half, training))  # noqa: E731
+    else:
+        examples = Examples(dataset, half)
+        read = lambda training: [examples[ExampleKey(i, 0) if training else i] for i in range(200)]  # noqa: E731
+    assert 70 <= sum(example["prompt"] == "" for example in read(True)) <= 130
+    assert not any(example["prompt"] == "" for example in read(False))
+
+
+def test_stream_and_map_style_give_the_same_examples():
+    """The key of a streamed row is its place, so that both kinds of data set train alike."""
+    keyed = Examples(unpaired(4), builder(proportion_empty_prompts=0.3))
+    stream = StreamingExamples(unpaired(4).to_iterable_dataset(), keyed.builder, training=True)
+    stream.set_epoch(2)
+    for i, example in enumerate(stream):
+        expected = keyed[ExampleKey(i, epoch=2)]
+        assert example.keys() == expected.keys()
+        for name, value in expected.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(example[name], value)
+            else:
+                assert example[name] == value
+    assert i == 3
+
+
+# ---- The weight column ----------------------------------------------------------------------------------------------
+
+
+def run(folder, dataset, steps: int = 1) -> DiffusionKTOTrainer:
+    args = DiffusionKTOConfig(
+        output_dir=str(folder),
+        use_cpu=True,
+        max_steps=steps,
+        per_device_train_batch_size=4,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        desirable_ratio=None,
+        disable_tqdm=True,
+    )
+    trainer = DiffusionKTOTrainer(model=tiny_stable_diffusion(), args=args, train_dataset=dataset)
+    trainer.train()
+    return trainer
+
+
+def weighted(value: float) -> Dataset:
+    return unpaired().add_column("weight", [value] * 12)
+
+
+@pytest.mark.parametrize("kind", ["map", "stream", "stream without declared columns"])
+def test_weight_multiplies_the_loss(tmp_path, kind):
+    """At the first step the loss of every row is 0.5, so that the mean weight shows."""
+    dataset = weighted(3.0)
+    if kind != "map":
+        dataset = dataset.to_iterable_dataset()
+    if kind.endswith("columns"):
+        dataset = dataset.map(lambda row: row)
+    assert run(tmp_path, dataset).state.log_history[0]["loss"] == 1.5
+
+
+def test_weight_of_each_row(tmp_path):
+    dataset = unpaired(4).add_column("weight", [1.0, 2.0, 4.0, 9.0])
+    assert run(tmp_path, dataset).state.log_history[0]["loss"] == 0.5 * (1 + 2 + 4 + 9) / 4
+
+
+def test_weight_zero_trains_nothing_and_one_changes_nothing(tmp_path):
+    start = tiny_stable_diffusion().unet.state_dict()
+    plain, ones, zeros = (run(tmp_path, d, 2).model.state_dict() for d in (unpaired(), weighted(1.0), weighted(0.0)))
+    assert all(torch.equal(plain[name], ones[name]) for name in plain)
+    assert not all(torch.equal(plain[name], start[name]) for name in plain)
+    assert all(torch.equal(zeros[name], start[name]) for name in start)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_weight_is_used_in_evaluation(tmp_path, streaming):
+    trainer = run(tmp_path, unpaired())
+    plain = trainer.evaluate(unpaired())["eval_loss"]
+    dataset = weighted(2.0)
+    doubled = trainer.evaluate(dataset.to_iterable_dataset() if streaming else dataset)["eval_loss"]
+    assert doubled == pytest.approx(2 * plain, rel=1e-5)
+
+
+def test_evaluation_data_need_no_weight(tmp_path):
+    """Training rows with a weight, evaluation rows without: each data set has its own columns."""
+    trainer = run(tmp_path, weighted(2.0))
+    expected = trainer.evaluate(weighted(1.0))["eval_loss"]
+    assert trainer.evaluate(unpaired())["eval_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pairs_train_as_single_images(tmp_path, streaming):
+    """The trainer unpairs by itself, as TRL's does."""
+    pairs, rows = paired(6), [row for i in range(6) for row in (("chosen", i), ("rejected", i))]
+    single = Dataset.from_dict(
+        {
+            "prompt": [pairs[i]["prompt"] for _, i in rows],
+            "image": [pairs[i][name] for name, i in rows],
+            "label": [name == "chosen" for name, _ in rows],
+        },
+        features=unpaired(1).features,
+    )
+    if streaming:
+        pairs, single = pairs.to_iterable_dataset(), single.to_iterable_dataset()
+    by_itself, by_hand = (run(tmp_path, dataset, 2) for dataset in (pairs, single))
+    expected = by_hand.model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in by_itself.model.state_dict().items())
+
+
+def test_data_set_from_a_parquet_folder(tmp_path):
+    """What a person stores is what is read: bytes in, the same pixels out."""
+    unpaired(3).to_parquet(tmp_path / "train.parquet")
+    dataset = datasets.load_dataset(str(tmp_path), split="train", cache_dir=str(tmp_path / "cache"))
+    for i in range(3):
+        expected = to_pixels(ImageOps.exif_transpose(picture(i)))
+        torch.testing.assert_close(Examples(dataset, builder())[i]["pixel_values"][0], expected, rtol=0, atol=1e-6)
+    buffer = io.BytesIO()
+    picture(0).save(buffer, format="png")
+    assert image_bytes(dataset, "image")[0] == buffer.getvalue()

@@ -1,0 +1,102 @@
+"""Real processes: the same training on one rank and on two (gloo)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+SCRIPT = Path(__file__).parent / "scripts" / "train_kto.py"
+COMMON = {"max_steps": 4, "learning_rate": 1e-2, "beta": 100.0, "optim": "sgd", "save_strategy": "no"}
+
+
+def launch(ranks: int, runs: list[dict]) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k != "CI"} | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(SCRIPT)]
+    return subprocess.run(
+        [*command, json.dumps([COMMON | run for run in runs])],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+
+
+def result(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    return json.loads((folder / "log.json").read_text()), load_file(folder / "trained.safetensors")
+
+
+VARIANTS: dict[str, dict] = {
+    "full": {},
+    "lora": {"lora": True},
+    "device": {"window": "device", "beta": 1000.0},
+    "resumed": {"save_strategy": "steps", "save_steps": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Every variant on one rank with a batch of 8, and on two ranks with a batch of 4."""
+    folder = tmp_path_factory.mktemp("processes")
+    for ranks in (1, 2):
+        runs = [
+            {"output_dir": str(folder / f"{name}-{ranks}"), "per_device_train_batch_size": 8 // ranks, **options}
+            for name, options in VARIANTS.items()
+        ]
+        if ranks == 2:
+            runs[-1]["resume"] = str(folder / "resumed-1" / "checkpoint-2")
+        done = launch(ranks, runs)
+        assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+def assert_same_training(one, two) -> None:
+    (log_one, weights_one), (log_two, weights_two) = one, two
+    assert len(log_one["train"]) == len(log_two["train"]) == 4
+    for a, b in zip(log_one["train"], log_two["train"], strict=True):
+        assert a.keys() == b.keys()
+        for name in ("loss", "kl", "rewards/accuracies", "errors/chosen", "ref_errors/chosen", "logps/chosen"):
+            if name in a:
+                assert b[name] == pytest.approx(a[name], abs=1e-5), (name, a["step"])
+        for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):  # beta times as large
+            if name in a:
+                assert b[name] == pytest.approx(a[name], abs=1e-3), (name, a["step"])
+    for name in ("eval_loss", "eval_kl", "eval_errors/chosen", "eval_errors/rejected"):
+        assert log_two["eval"][name] == pytest.approx(log_one["eval"][name], abs=1e-5), name
+    for name, weight in weights_one.items():
+        torch.testing.assert_close(weights_two[name], weight, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["full", "lora"])
+def test_two_ranks_train_as_one_does(folder, variant):
+    """The reference point spans both ranks (`window="batch"`), the draws belong to the examples."""
+    one, two = result(folder / f"{variant}-1"), result(folder / f"{variant}-2")
+    assert len({entry["loss"] for entry in one[0]["train"]}) > 1
+    assert any(entry["kl"] > 0 for entry in one[0]["train"])
+    assert_same_training(one, two)
+
+
+@pytest.mark.slow
+def test_the_window_of_a_device_is_another_statistic(folder):
+    """With `window="device"` each rank has a reference point of its own: the test above would notice."""
+    one, two = ([entry["loss"] for entry in result(folder / f"device-{n}")[0]["train"]] for n in (1, 2))
+    assert one != pytest.approx(two, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_resume_on_another_number_of_ranks(folder):
+    assert_same_training(result(folder / "resumed-1"), result(folder / "resumed-2"))
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_all_ranks(tmp_path):
+    options = {"per_device_train_batch_size": 4, "learning_rate": 1e30, "max_grad_norm": 0.0}
+    done = launch(2, [{"output_dir": str(tmp_path), **options}])
+    assert done.returncode != 0
+    assert done.stderr.count("FloatingPointError: The loss stopped being finite at step") == 2

@@ -1,0 +1,69 @@
+"""Every Python block and every command of the README, run as written but for fewer steps."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+# `make test` runs this file; the other two install what is already installed here.
+NOT_RUN = {"make test", "make demo", "pip install -e ."}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder that looks like the repository's root, so that outputs stay out of it."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "examples").symlink_to(ROOT / "examples")
+    return folder
+
+
+def run(command: list[str], folder: Path) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "CI"} | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_python_blocks(workplace):
+    blocks = [code for language, code in BLOCKS if language == "python"]
+    assert len(blocks) == 1
+    (code,) = blocks
+    assert "max_steps=100" in code
+    run([sys.executable, "-c", code.replace("max_steps=100", "max_steps=2")], workplace)
+    assert (workplace / "outputs/emoji-kto-lora/pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_commands(workplace):
+    lines = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines() if line.strip()]
+    commands = [line for line in lines if line not in NOT_RUN]
+    assert len(commands) == 4
+    for line in commands:
+        words = shlex.split(line)
+        if "kto" in line and "generate" not in line:
+            words += ["--max_steps", "2", "--per_device_train_batch_size", "2"]
+        if "generate" in line:
+            words += ["--num_inference_steps", "2", "--num_images_per_prompt", "1"]
+        run(words, workplace)
+    assert (workplace / "outputs/emoji-kto/model_index.json").is_file()
+    assert (workplace / "outputs/pictures/grid.png").is_file()
+
+
+def test_pictures_and_pages_exist():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_ci_runs_the_readmes_test_command():
+    assert "make test" in README
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
