@@ -24,6 +24,7 @@ test: lint
 fast: lint
 	env -u CI OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
 
-# Aligns examples/emoji's base model with likes and dislikes; pictures and figures in outputs/demo.
+# Aligns examples/emoji's base model with likes and dislikes; pictures and figures in outputs/demo. One thread: for a
+# model this small a second one gains nothing, and loses much where another program wants the core.
 demo: setup
-	$(BIN)/python examples/emoji/demo.py --output_dir outputs/demo
+	OMP_NUM_THREADS=1 $(BIN)/python examples/emoji/demo.py --output_dir outputs/demo

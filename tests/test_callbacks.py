@@ -48,7 +48,7 @@ def samples(**changes) -> dict:
 
 
 def pixels(path) -> np.ndarray:
-    return np.asarray(Image.open(path))
+    return np.asarray(Image.open(path).convert("RGB"))
 
 
 def written(folder) -> list[str]:

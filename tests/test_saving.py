@@ -667,7 +667,7 @@ def test_push_while_another_is_running(sd_folder, tmp_path, fake_hub, always, st
 def test_rest_of_a_killed_run_is_not_pushed(sd_folder, tmp_path, fake_hub):
     trainer = pushing_trainer(sd_folder, tmp_path, "lora", "end", save_strategy="no", max_steps=1)
     trainer.train()
-    for name in ("_incomplete/checkpoint-7", "_incomplete/_old-unet"):
+    for name in ("_incomplete/checkpoint-7", "_incomplete/unet"):
         (tmp_path / "tiny-kto" / name).mkdir(parents=True)
         (tmp_path / "tiny-kto" / name / "half.safetensors").write_text("rest")
     trainer.push_to_hub()

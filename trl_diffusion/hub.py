@@ -135,10 +135,10 @@ def load_policy(model, family: Family, directory: str | os.PathLike) -> None:
         adapter = load_file(directory / ADAPTER_FILE)
         expected = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
         if adapter.keys() != expected:
-            differ = sorted(adapter.keys() ^ expected)
+            missing, unexpected = sorted(expected - adapter.keys()), sorted(adapter.keys() - expected)
             raise ValueError(
-                f"The adapter in {directory} adapts other modules than this one, for example {differ[0]!r}: resume "
-                "with the `peft_config` of the first run."
+                f"The adapter in {directory} does not fit this `peft_config`: missing {missing[:1]}, unexpected "
+                f"{unexpected[:1]} ({len(missing)} and {len(unexpected)} in all); resume with the first run's."
             )
         set_peft_model_state_dict(model, adapter)
     else:

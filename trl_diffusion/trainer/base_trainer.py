@@ -61,8 +61,8 @@ class MetricSums:
     def add(self, name: str, values: torch.Tensor, where: torch.Tensor | None = None) -> None:
         """Adds `values`, or those of them where the mask `where` is True."""
         values = values.detach().float()
-        mask = torch.ones_like(values) if where is None else where.to(values.dtype)
-        pair = torch.stack([(values * mask).sum(), mask.sum()])
+        where = torch.ones_like(values, dtype=torch.bool) if where is None else where
+        pair = torch.stack([torch.where(where, values, 0.0).sum(), where.sum()])
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def pop_means(self, accelerator) -> dict[str, float]:
@@ -147,11 +147,11 @@ class DiffusionTrainer(_BaseTrainer):
         # Data: checked first, because it costs nothing.
         if train_dataset is None:
             raise ValueError("`train_dataset` is required.")
-        train_dataset = self._prepare_dataset(train_dataset, "training data set")
+        train_dataset = self._prepare_dataset(train_dataset, "training data set", args)
         if isinstance(train_dataset, IterableDataset):
-            self._check_streaming(args)
+            self._check_training_stream(args)
         if eval_dataset is not None:
-            eval_dataset = self._prepare_eval_dataset(eval_dataset)
+            eval_dataset = self._prepare_eval_dataset(eval_dataset, args)
         self.num_train_rows = len(train_dataset) if has_length(train_dataset) else None
 
         # Model. PEFT draws the adapter's start at random, so the seed is set before.
@@ -250,29 +250,32 @@ class DiffusionTrainer(_BaseTrainer):
         # TRL's version reads `config.model_type`, which a diffusers model lacks, and raises for every user.
         pass
 
-    def _prepare_dataset(self, dataset: AnyDataset, what: str) -> AnyDataset:
+    def _prepare_dataset(self, dataset: AnyDataset, what: str, args: DiffusionConfig) -> AnyDataset:
         dataset = declare_columns(dataset)
         check_dataset(dataset, self.columns, what)
+        if isinstance(dataset, IterableDataset):
+            if args.dataloader_num_workers > 0:
+                raise ValueError(
+                    f"Found a streaming {what} with dataloader_num_workers={args.dataloader_num_workers}: the place "
+                    "of a row in the stream, which keys its noise, is known to a single reader only; set it to 0."
+                )
+            if args.accelerator_config.dispatch_batches:
+                raise ValueError("`dispatch_batches=True` is not supported with streaming data sets: unset it.")
+            # None would let accelerate's first rank read for all and send batches on, which strings cannot follow.
+            args.accelerator_config.dispatch_batches = False
         return dataset
 
-    def _prepare_eval_dataset(self, dataset):
+    def _prepare_eval_dataset(self, dataset, args: DiffusionConfig):
         if isinstance(dataset, dict):
             return {
-                name: self._prepare_dataset(part, f"evaluation data set {name!r}") for name, part in dataset.items()
+                name: self._prepare_dataset(part, f"evaluation data set {name!r}", args)
+                for name, part in dataset.items()
             }
-        return self._prepare_dataset(dataset, "evaluation data set")
+        return self._prepare_dataset(dataset, "evaluation data set", args)
 
-    def _check_streaming(self, args: DiffusionConfig) -> None:
+    def _check_training_stream(self, args: DiffusionConfig) -> None:
         if args.max_steps <= 0:
             raise ValueError("A streaming data set has no length: set `max_steps`.")
-        if args.dataloader_num_workers > 0:
-            raise ValueError(
-                f"Found a streaming data set with dataloader_num_workers={args.dataloader_num_workers}: the place "
-                "of a row in the stream, which keys its noise, is known to a single reader only; set it to 0."
-            )
-        if args.accelerator_config.dispatch_batches:
-            raise ValueError("`dispatch_batches=True` is not supported with streaming data sets: unset it.")
-        args.accelerator_config.dispatch_batches = False
 
     def _resolve_resolution(self, args: DiffusionConfig) -> int:
         resolution = self.family.default_resolution() if args.resolution is None else args.resolution
@@ -465,7 +468,7 @@ class DiffusionTrainer(_BaseTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"):
         """As [`~transformers.Trainer.evaluate`]; the draws are fixed and the metrics are those of the whole set."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepare_eval_dataset(eval_dataset)
+            eval_dataset = self._prepare_eval_dataset(eval_dataset, self.args)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

@@ -63,12 +63,12 @@ class DiffusionKTOTrainer(DiffusionTrainer):
 
     # ---- Data -------------------------------------------------------------------------------------------------------
 
-    def _prepare_dataset(self, dataset: AnyDataset, what: str) -> AnyDataset:
+    def _prepare_dataset(self, dataset: AnyDataset, what: str, args: DiffusionKTOConfig) -> AnyDataset:
         dataset = declare_columns(dataset)
         paired = {"chosen", "rejected"} <= set(getattr(dataset, "column_names", None) or ())
         if paired:
             dataset = unpair_preference_dataset(dataset)
-        dataset = super()._prepare_dataset(dataset, what)
+        dataset = super()._prepare_dataset(dataset, what, args)
         if not isinstance(dataset, IterableDataset) and what.startswith("training"):
             labels = read_labels(dataset)
             if labels.all() or not labels.any():
@@ -78,8 +78,8 @@ class DiffusionKTOTrainer(DiffusionTrainer):
                 )
         return dataset
 
-    def _check_streaming(self, args) -> None:
-        super()._check_streaming(args)
+    def _check_training_stream(self, args: DiffusionKTOConfig) -> None:
+        super()._check_training_stream(args)
         if args.desirable_ratio is not None:
             raise ValueError(
                 f"`desirable_ratio={args.desirable_ratio}` needs all labels at once and cannot be had from a stream: "
