@@ -289,7 +289,7 @@ def test_evaluation_split_is_missing(sd_folder, data_folder, tmp_path, monkeypat
 def test_mistaken_options_start_no_training(sd_folder, data_folder, tmp_path, capsys):
     """Options are checked before the launcher starts the processes."""
     options = kto_options(sd_folder, data_folder, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"`beta` must be positive, found -1\.0"):
+    with pytest.raises(ValueError, match=r"`beta` must be positive and finite, found -1\.0"):
         main(["kto", *options, "--beta", "-1"])
     with pytest.raises(SystemExit):
         main(["kto", *options, "--learning_rte", "1"])

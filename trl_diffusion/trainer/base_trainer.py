@@ -118,10 +118,6 @@ class DiffusionTrainer(_BaseTrainer):
     image_columns: ClassVar[tuple[str, ...]]
     """Those of them that hold images."""
 
-    _metric_sums: MetricSums
-    _means: dict[str, float]
-    _first_bad_step: torch.Tensor
-
     def __init__(
         self,
         model: str | DiffusionPipeline | ModelMixin,
@@ -207,6 +203,7 @@ class DiffusionTrainer(_BaseTrainer):
         tensorboard = self.pop_callback(TensorBoardCallback)
         if tensorboard is not None:
             self.add_callback(TensorBoardLogger(tensorboard.tb_writer))
+        self._start_statistics()
         for module in self.family.frozen_modules.values():
             module.requires_grad_(False).eval().to(self.accelerator.device)
         if self.reference is not None:
@@ -427,6 +424,12 @@ class DiffusionTrainer(_BaseTrainer):
 
     # ---- Training and evaluation ------------------------------------------------------------------------------------
 
+    def _start_statistics(self) -> None:
+        self._metric_sums = MetricSums()
+        self._means: dict[str, float] = {}
+        # A loss that is not finite is noticed at the next log or checkpoint, without a synchronisation per step.
+        self._first_bad_step = torch.tensor(torch.inf, device=self.accelerator.device)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         step = torch.full_like(self._first_bad_step, self.state.global_step + 1)
@@ -442,9 +445,7 @@ class DiffusionTrainer(_BaseTrainer):
             )
 
     def train(self, *args, **kwargs):
-        self._metric_sums, self._means = MetricSums(), {}
-        # A loss that is not finite is noticed at the next log or checkpoint, without a synchronisation per step.
-        self._first_bad_step = torch.tensor(torch.inf, device=self.accelerator.device)
+        self._start_statistics()
         output = super().train(*args, **kwargs)
         self._stop_if_not_finite()
         return output
