@@ -94,9 +94,9 @@ def curves(history: list[dict], results: dict[str, dict[str, dict[str, float]]])
             spread = [[r["liked_share"] - r["liked_low"]], [r["liked_high"] - r["liked_share"]]]
             x = i + 0.36 * (j - 0.5)
             shares.bar(x, r["liked_share"], 0.34, yerr=spread, capsize=4, color=colour, label=None if i else when)
-    shares.set(title="share of the liked style, 95 % interval", ylim=(0, 1.05))
+    shares.set(title="share of the liked style, 95 % interval", ylim=(0, 1.2))
     shares.set_xticks(range(len(KINDS)), KINDS.values())
-    shares.legend(loc="upper center")
+    shares.legend(loc="upper center", ncols=2)
     return figure
 
 

@@ -16,11 +16,11 @@ from tests.tiny import tiny_stable_diffusion
 from trl_diffusion import DiffusionKTOConfig, DiffusionKTOTrainer
 
 
-def train(output_dir: str, lora: bool = False, resume: str | None = None, **options) -> None:
+def train(output_dir: str, lora: bool = False, resume: str | None = None, stream: bool = False, **options) -> None:
     trainer = DiffusionKTOTrainer(
         model=tiny_stable_diffusion(),
         args=DiffusionKTOConfig(output_dir, use_cpu=True, report_to="none", logging_steps=1, **options),
-        train_dataset=unpaired(),
+        train_dataset=unpaired(40).to_iterable_dataset() if stream else unpaired(),
         eval_dataset=unpaired(7),
         peft_config=LoraConfig(r=4, lora_alpha=8) if lora else None,
     )
