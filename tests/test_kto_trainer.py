@@ -292,8 +292,9 @@ def test_gradient_checkpointing_computes_the_same(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @BOTH
-def test_torch_compile(tmp_path, peft_config):
+def test_torch_compile(tmp_path, peft_config, backend):
     """Policy and reference are both compiled, so that the start is still exact."""
     eager = trainer_of(tmp_path, peft_config=peft_config, max_steps=3, gradient_checkpointing=False)
     compiled = trainer_of(
@@ -302,7 +303,7 @@ def test_torch_compile(tmp_path, peft_config):
         max_steps=3,
         gradient_checkpointing=False,
         torch_compile=True,
-        torch_compile_backend="eager",
+        torch_compile_backend=backend,
         save_strategy="steps",
         save_steps=2,
     )

@@ -140,6 +140,13 @@ class DiffusionTrainer(_BaseTrainer):
         if quantization_config is not None:
             raise ValueError("`quantization_config` is not supported yet: leave it at None.")
 
+        if args.torch_compile and args.torch_compile_backend == "inductor" and args.device.type == "cpu":
+            # Seen with torch 2.13: zero gradients for some convolutions of a UNet, which would pass unnoticed.
+            raise ValueError(
+                "`torch_compile` with the inductor backend computes wrong gradients of UNets on a CPU: leave it off "
+                "or set `torch_compile_backend='aot_eager'`."
+            )
+
         # Data: checked first, because it costs nothing.
         if train_dataset is None:
             raise ValueError("`train_dataset` is required.")
