@@ -552,6 +552,19 @@ def test_inductor_on_a_cpu(build):
         build(changes={"torch_compile": True})
 
 
+@pytest.mark.parametrize(
+    "setting", [{"utility": "loss_averse"}, {"reference_point": "mismatched"}, {"window": "device"}], ids=str
+)
+def test_apo_refuses_what_it_would_ignore(build, setting):
+    with pytest.raises(ValueError, match=r"belongs to `loss_type='kto'`: found loss_type='apo_zero_unpaired'"):
+        build(changes={"loss_type": "apo_zero_unpaired", **setting})
+
+
+def test_remove_unused_columns_is_refused(build):
+    with pytest.raises(ValueError, match="`remove_unused_columns` has no meaning"):
+        build(changes={"remove_unused_columns": True})
+
+
 def test_fewer_rows_than_a_step_with_drop_last(build):
     trainer = build(train_dataset=unpaired(3), changes={"dataloader_drop_last": True})
     with pytest.raises(ValueError, match=r"Found 3 training rows, fewer than the 4.*`dataloader_drop_last=True`"):

@@ -56,7 +56,7 @@ class DiffusionConfig(_BaseConfig):
             The filter would hide what stops the run here: a loss that is not finite. It also costs a synchronisation
             of the device in every step.
         remove_unused_columns (`bool`, *optional*, defaults to `False`):
-            Columns that a method does not read are never loaded in any case.
+            Columns that a method does not read are never loaded in any case; `True` is refused.
     """
 
     model_init_kwargs: dict[str, Any] | str | None = field(
@@ -97,7 +97,7 @@ class DiffusionConfig(_BaseConfig):
         default=False, metadata={"help": "Whether to hide losses that are not finite; they stop the run anyway."}
     )
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "No effect: columns that the method does not read are never loaded."}
+        default=False, metadata={"help": "Refused: columns that the method does not read are never loaded anyway."}
     )
 
     # TrainingArguments parses these from JSON strings on the command line.
@@ -128,6 +128,7 @@ class DiffusionConfig(_BaseConfig):
         unusable = {
             "neftune_noise_alpha": self.neftune_noise_alpha is not None,
             "label_smoothing_factor": self.label_smoothing_factor != 0,
+            "remove_unused_columns": self.remove_unused_columns,
             "use_liger_kernel": self.use_liger_kernel,
             "train_sampling_strategy": self.train_sampling_strategy not in ("random", "sequential"),
             "batch_eval_metrics": self.batch_eval_metrics,

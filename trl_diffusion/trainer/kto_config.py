@@ -94,8 +94,14 @@ class DiffusionKTOConfig(DiffusionConfig):
         for name in ("desirable_weight", "undesirable_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must not be negative, infinite or nan, found {getattr(self, name)}.")
-        if self.loss_type == "apo_zero_unpaired" and self.utility != "kahneman_tversky":
-            raise ValueError(
-                f"`utility={self.utility!r}` belongs to `loss_type='kto'`: found loss_type='apo_zero_unpaired', which "
-                "has a utility of its own; leave `utility` at its default."
-            )
+        if self.loss_type == "apo_zero_unpaired":
+            for name, default in (
+                ("utility", "kahneman_tversky"),
+                ("reference_point", "matched"),
+                ("window", "batch"),
+            ):
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"`{name}={getattr(self, name)!r}` belongs to `loss_type='kto'`: found "
+                        f"loss_type='apo_zero_unpaired', which has none; leave `{name}` at its default."
+                    )
