@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.test_methods import ALL, BOTH, assert_close, losses, trained, trainer_of, weights
+from tests.test_methods import ALL, BOTH, METHODS, assert_close, losses, trained, trainer_of, weights
 from trl_diffusion.bench import measure as bench
+from trl_diffusion.bench.estimate import published_models
 from trl_diffusion.bench.measure import PARTS, BareLoop, Stopwatch, as_text, measure, synthetic_data
+from trl_diffusion.bench.pipelines import published
 from trl_diffusion.cli import main
+from trl_diffusion.families import family_of
 
 
 class Clock:
@@ -123,9 +126,18 @@ def test_mfu():
     assert "MFU" not in as_text(result)
 
 
-@pytest.mark.parametrize("method", ["kto", "rpo", "dpo", "sft"])
+@pytest.mark.parametrize("method", METHODS)
 def test_synthetic_data(method, tmp_path):
-    trainer_of(method, tmp_path, synthetic_data(8, 16, method))
+    trainer_of(method, tmp_path, synthetic_data(8, 16, METHODS[method][1]))
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35-medium"])
+def test_random_pipelines_are_of_their_family(name):
+    """Without their memory: the classes fit together, and the family takes them as they are."""
+    model = published_models()[name]
+    family = family_of(published(name, device="meta"))
+    assert family.pipeline_class == model["pipeline_class"]
+    assert family.default_resolution() == model["resolution"]
 
 
 def test_command(sd_folder, tmp_path, capsys):
@@ -152,6 +164,8 @@ def test_command_with_random_weights(monkeypatch, capsys):
     assert "bare loop" not in printed
 
 
-def test_bad_options(capsys):
+def test_bad_options(sd_folder):
+    with pytest.raises(ValueError, match=r"Found max_steps=5, expected none: `bench_warmup` and `bench_steps` say"):
+        main(f"bench --model_name_or_path {sd_folder} --max_steps 5 --use_cpu".split())
     with pytest.raises(ValueError, match=r"Found bench_steps=0 and bench_warmup=2, expected at least 1\."):
         main("bench --bench_steps 0".split())

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
@@ -204,8 +204,11 @@ class Clock(TrainerCallback):
         self._since = time.perf_counter()
 
 
-def synthetic_data(rows: int, side: int, method: str) -> Dataset:
-    """Pictures without a subject, as JPEG files of `side` x `side` pixels, in the columns of a method."""
+def synthetic_data(rows: int, side: int, trainer_class) -> Dataset:
+    """
+    Pictures without a subject, as JPEG files of `side` x `side` pixels, in the columns of a trainer; embeddings, which
+    are computed once and outside of the steps, are random numbers.
+    """
     rng = np.random.default_rng(0)
 
     def picture() -> dict[str, Any]:
@@ -214,20 +217,21 @@ def synthetic_data(rows: int, side: int, method: str) -> Dataset:
         colours.resize((side, side), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
         return {"bytes": file.getvalue(), "path": None}
 
-    columns: dict[str, list] = {"prompt": [f"a picture of thing {i}" for i in range(rows)]}
-    kinds = {"prompt": Value("string")}
-    images = ("chosen", "rejected") if method in ("dpo", "rpo") else ("image",)
-    columns |= {name: [picture() for _ in range(rows)] for name in images}
-    kinds |= {name: ImageFeature() for name in images}
-    if method == "kto":
-        columns["label"] = [bool(i % 2) for i in range(rows)]
-        kinds["label"] = Value("bool")
-    return Dataset.from_dict(columns, features=Features(kinds))
-
-
-def random_embeddings(images: list, prompts: list[str]) -> np.ndarray:
-    """Stands in for CLIP, which runs once and outside of the steps."""
-    return np.random.default_rng(0).normal(size=(len(images), 512)).astype(np.float32)
+    columns: dict[str, list] = {
+        "prompt": [f"a picture of thing {i}" for i in range(rows)],
+        **{name: [picture() for _ in range(rows)] for name in trainer_class.image_columns},
+        **{name: rng.normal(size=(rows, 512)).tolist() for name in trainer_class.feature_columns},
+        "label": [bool(i % 2) for i in range(rows)],
+    }
+    kinds = {
+        "prompt": Value("string"),
+        **{name: ImageFeature() for name in trainer_class.image_columns},
+        **{name: List(Value("float32")) for name in trainer_class.feature_columns},
+        "label": Value("bool"),
+    }
+    return Dataset.from_dict(columns, features=Features(kinds)).select_columns(
+        [*trainer_class.columns, *trainer_class.feature_columns]
+    )
 
 
 def measure(trainer, warmup: int, steps: int, bare: bool = True) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -57,25 +56,19 @@ def small() -> DiffusionPipeline:
     )
 
 
-def published(name: str) -> DiffusionPipeline:
+def published(name: str, device: str = "cpu") -> DiffusionPipeline:
     """A published model in its true size, but for T5, without which Stable Diffusion 3 works too."""
     model = published_models()[name]
-    parts = [part for part in model["frozen"] if part["class"] != "T5EncoderModel"]
-    denoiser, vae, *encoders = (build(part, device="cpu") for part in (model["denoiser"], *parts))
-    tokenizers = [spelling_tokenizer() for _ in encoders]
-    pipeline_class = getattr(diffusers, model["pipeline_class"])
-    names = ["text_encoder", "text_encoder_2"][: len(encoders)]
-    components: dict[str, Any] = dict(zip(names, encoders, strict=True))
-    components |= dict(zip([name.replace("text_encoder", "tokenizer") for name in names], tokenizers, strict=True))
-    if name == "sd35-medium":
-        components |= {"text_encoder_3": None, "tokenizer_3": None}
-        return pipeline_class(
-            transformer=denoiser, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **components
-        )
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
-    if name == "sd15":
-        components |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return pipeline_class(unet=denoiser, vae=vae, scheduler=scheduler, **components)
+    plan = model["random_pipeline"]
+    # The frozen parts stand in the order of the components; what comes after them is left out.
+    components: dict[str, Any] = {
+        component: build(part, device) for component, part in zip(plan["components"], model["frozen"], strict=False)
+    }
+    encoders = [component for component in components if component.startswith("text_encoder")]
+    components |= {component.replace("text_encoder", "tokenizer"): spelling_tokenizer() for component in encoders}
+    components[plan["denoiser_name"]] = build(model["denoiser"], device)
+    scheduler = getattr(diffusers, plan["scheduler"]["class"])(**plan["scheduler"]["config"])
+    return getattr(diffusers, model["pipeline_class"])(scheduler=scheduler, **components, **plan["absent"])
 
 
 RANDOM = ("small", "sd15", "sdxl", "sd35-medium")

@@ -13,7 +13,7 @@ from trl import TrlParser
 import trl_diffusion
 
 from ..bench.estimate import as_markdown, estimate, published_models
-from ..bench.measure import as_text, measure, random_embeddings, synthetic_data
+from ..bench.measure import as_text, measure, synthetic_data
 from ..bench.pipelines import RANDOM, random_pipeline
 from ..families import family_of, load_pipeline
 from .arguments import ModelArguments
@@ -95,8 +95,13 @@ def measure_training(trainer_class, options: BenchArguments, config, model: Benc
     The numbers of [`~bench.measure.measure`] for a command line.
 
     Raises:
-        `ValueError`: with more than one process.
+        `ValueError`: with more than one process, or a length of its own.
     """
+    if config.max_steps != -1:
+        raise ValueError(
+            f"Found max_steps={config.max_steps}, expected none: `bench_warmup` and `bench_steps` say how many steps "
+            "are made."
+        )
     if config.world_size > 1:
         raise ValueError(
             f"Found {config.world_size} processes, and one is measured: start `trl-diffusion bench` alone."
@@ -114,9 +119,8 @@ def measure_training(trainer_class, options: BenchArguments, config, model: Benc
     trainer = trainer_class(
         model=pipeline,
         args=config,
-        train_dataset=synthetic_data(rows_per_step * min(config.max_steps, 8), side, options.method),
+        train_dataset=synthetic_data(rows_per_step * min(config.max_steps, 8), side, trainer_class),
         peft_config=model.peft_config(),
-        **({"embedder": random_embeddings} if options.method == "rpo" else {}),
     )
     return measure(trainer, options.bench_warmup, options.bench_steps, options.bare_loop)
 

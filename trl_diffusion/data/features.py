@@ -76,7 +76,10 @@ def encoders_fingerprint(encoders: "Family") -> str:
             config = component.config if isinstance(component.config, dict) else component.config.to_dict()
             # Names with an underscore are of the file, and diffusers' list of defaults is in no order.
             settings[name] = sorted((key, str(value)) for key, value in config.items() if not key.startswith("_"))
-        elif isinstance(component, transformers.PreTrainedTokenizerBase):
+            continue
+        # FLUX.2's tokenizer is inside of a processor.
+        component = component.tokenizer if isinstance(component, transformers.ProcessorMixin) else component
+        if isinstance(component, transformers.PreTrainedTokenizerBase):
             vocabulary = sorted(component.get_vocab().items())
             settings[name] = [vocabulary, component.model_max_length, component.padding_side]
     own = {name: value for name, value in encoders.pipeline.config.items() if isinstance(value, bool | int | float)}
@@ -119,6 +122,7 @@ class FeatureCache:
 
     Args:
         encoders ([`~families.Family`]): VAE and text encoders.
+        encoders_name (`str`): Their [`encoders_fingerprint`].
         image_columns (`tuple[str, ...]`): The columns with images.
         transforms (`list[ImageTransform]`):
             What is done to the images of each bucket, nothing of it at random but the flip.
@@ -131,6 +135,7 @@ class FeatureCache:
     """
 
     encoders: "Family"
+    encoders_name: str
     image_columns: tuple[str, ...]
     transforms: list[ImageTransform]
     device: torch.device
@@ -148,8 +153,7 @@ class FeatureCache:
         Raises:
             `ValueError`: if an image cannot be read, or the disk has no room.
         """
-        encoders = encoders_fingerprint(self.encoders)
-        name = fingerprint(source, encoders, repr(self.transforms), self.precision, str(self.dtype))
+        name = fingerprint(source, self.encoders_name, repr(self.transforms), self.precision, str(self.dtype))
         folder = built_once(f"features-{name}", lambda folder: self._build(source, buckets, folder))
         dtypes = json.loads((folder / "dtypes.json").read_text())
         table = PromptTable(read_parts(folder, "prompts"), {k: getattr(torch, v) for k, v in dtypes.items()})

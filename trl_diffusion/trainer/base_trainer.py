@@ -457,10 +457,15 @@ class DiffusionTrainer(_BaseTrainer):
             self._move_encoders("cpu")
 
     @functools.cached_property
+    def _encoders_name(self) -> str:
+        return encoders_fingerprint(self.family)
+
+    @functools.cached_property
     def _feature_cache(self) -> FeatureCache:
         args = self.args
         return FeatureCache(
             self.family,
+            self._encoders_name,
             self.image_columns,
             [builder.transform for builder in self.example_builders],
             self.accelerator.device,
@@ -520,7 +525,7 @@ class DiffusionTrainer(_BaseTrainer):
             source,
             epochs,
             self._ref_fingerprint,
-            encoders_fingerprint(self.family),
+            self._encoders_name,
             repr([replace(builder, columns=[]) for builder in self.example_builders]),
             [self.timestep_sampling, args.weighting, args.snr_gamma, vars(self.family.process)],
             [self.accelerator.mixed_precision, args.disable_dropout, args.cache_features, args.features_dtype],
