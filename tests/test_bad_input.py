@@ -325,7 +325,7 @@ def test_adapter_that_changes_the_reference(build, changes):
         assert next(iter(changes)) in str(error)  # noqa: PT017
         return
     trainer.train()
-    with torch.no_grad(), trainer.reference.policy(trainer.model.eval(), trainer.accelerator) as reference:
+    with torch.no_grad(), trainer.reference.policy(trainer.model.eval()) as reference:
         torch.testing.assert_close(reference(images, 7, text).sample, expected, rtol=0, atol=1e-5)
 
 

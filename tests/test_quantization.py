@@ -10,11 +10,13 @@ from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig, TorchAoCon
 from tests import tiny
 from tests.test_families import LORA, METHODS, logged, overfit, trainer_of
 from trl_diffusion.cli.arguments import ModelArguments
+from trl_diffusion.data.features import modules_fingerprint
 from trl_diffusion.families import family_of, load_pipeline, pipeline_quantization
 from trl_diffusion.hub import load_trained
 
 
 torchao = pytest.importorskip("torchao.quantization")
+TorchAOBaseTensor = pytest.importorskip("torchao.utils").TorchAOBaseTensor
 
 # Smallest linear layers of the tiny models are narrower than a group of 128.
 INT8 = torchao.Int8WeightOnlyConfig()
@@ -71,6 +73,29 @@ def test_a_quantized_base(tmp_path, folders, name):
 def test_the_loss_falls(tmp_path, folders, method):
     before, after = overfit(train(tmp_path, folders["sd3"], method, quantization_config=TorchAoConfig(INT8)))
     assert after < before
+
+
+def test_its_errors_computed_beforehand(tmp_path, folders):
+    """As a live reference finds them; weights that differ only in their integers have another name in the cache."""
+    live, once = (
+        train(
+            tmp_path / str(ready),
+            folders["sd"],
+            precompute_ref_log_probs=ready,
+            quantization_config=TorchAoConfig(INT8),
+        )
+        for ready in (False, True)
+    )
+    weight = next(p for p in live.family.denoiser.parameters() if isinstance(p, TorchAOBaseTensor))
+    names = []
+    for _ in range(2):
+        names.append(modules_fingerprint({"": live.family.denoiser}))
+        weight.qdata.neg_()
+    names.append(modules_fingerprint({"": live.family.denoiser}))
+    assert names[0] == names[2] != names[1]
+    live.train()
+    once.train()
+    assert logged(once, "loss") == logged(live, "loss")
 
 
 def test_a_model_that_was_quantized_before(tmp_path, folders):

@@ -63,6 +63,9 @@ class Reference:
         if ref_model is None and not is_peft_model(model) and copied:
             ref_model = engines.frozen_copy(model, accelerator)
         self.model, self.accelerator, self.follow_mode = ref_model, accelerator, follow_mode
+        # Found once: engines wrap modules and leave them what they are, and a search costs as much as a small layer.
+        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        self._adapter_layers = [module for module in model.modules() if isinstance(module, kinds)]
         if self.model is not None:
             self.model.requires_grad_(False).eval()
             # Errors that are computed once are computed by each rank at its own pace, which no engine allows.
@@ -76,14 +79,13 @@ class Reference:
         return engines.at_rest(self.model, self.accelerator)
 
     @contextmanager
-    def policy(self, model: nn.Module, accelerator: Accelerator) -> Iterator[nn.Module]:
+    def policy(self, model: nn.Module) -> Iterator[nn.Module]:
         """
         The callable to send the reference's forward through, without gradient.
 
         Args:
             model (`nn.Module`): The policy as it is called in training (wrapped by DDP, compiled, ...): an adapter is
                 switched off inside it, so that both forwards take the same path and agree to the last bit at step 0.
-            accelerator (`Accelerator`): To find the adapter inside the wrappers.
         """
         with torch.no_grad():
             if self.model is not None:
@@ -92,26 +94,24 @@ class Reference:
                 yield self.model
                 return
             # Without an adapter the policy is the reference until it is trained: nothing to switch off.
-            with _adapter_off(accelerator.unwrap_model(model, keep_torch_compile=False)):
+            with self._adapter_off():
                 yield model
 
+    @contextmanager
+    def _adapter_off(self) -> Iterator[None]:
+        """
+        As PEFT's `disable_adapter`, but without touching `requires_grad`.
 
-@contextmanager
-def _adapter_off(model: nn.Module) -> Iterator[None]:
-    """
-    As PEFT's `disable_adapter`, but without touching `requires_grad`.
-
-    FSDP2 keeps of each parameter what it finds at its first forward, which is the reference's: with PEFT's version the
-    adapter would get no gradient ever after.
-    """
-    layers = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
+        FSDP2 keeps of each parameter what it finds at its first forward, which is the reference's: with PEFT's version
+        the adapter would get no gradient ever after.
+        """
+        for layer in self._adapter_layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer in self._adapter_layers:
+                layer._disable_adapters = False
 
 
 class SyncReferenceCallback(TrainerCallback):

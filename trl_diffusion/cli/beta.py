@@ -46,7 +46,9 @@ def make_parser() -> argparse.ArgumentParser:
         "measure",
         help="a few steps of a training, and the beta that would brake it by then",
         description="Trains some steps on some rows without a brake, in one process, and prints the log-ratios and "
-        "the beta at which the loss would by then be flatter by a given factor. Nothing is saved.",
+        "the beta at which the loss would by then be flatter by a given factor. Nothing is saved; of the training's "
+        "options those for its schedule, for saving, evaluating, reporting and pictures, and for what is computed "
+        "beforehand do not apply.",
     )
     measure.add_argument("method", choices=METHODS, help="options after it are the method's own")
     convert = commands.add_parser(

@@ -694,7 +694,7 @@ class DiffusionTrainer(_BaseTrainer):
     def reference_errors(self, model, noised: Noised) -> torch.Tensor:
         """The reference's `e_ref` on the same corrupted images, without gradient."""
         assert self.reference is not None, "this method has no reference"
-        with self.reference.policy(model, self.accelerator) as reference:
+        with self.reference.policy(model) as reference:
             return self.errors(reference, noised)
 
     # ---- Over the window --------------------------------------------------------------------------------------------
@@ -810,8 +810,7 @@ class DiffusionTrainer(_BaseTrainer):
 
     def record(self, metrics: Metrics) -> None:
         """Adds a micro-batch's values to the means of the next log."""
-        for name, (values, where) in metrics.items():
-            self._metric_sums.add(name, values, where)
+        self._metric_sums.add(metrics)
 
     def training_metrics(self, means: dict[str, float]) -> dict[str, float]:
         """The metrics of a log, from the means since the last one. A method adds what is computed from means."""

@@ -81,8 +81,8 @@ class DiffusionDPOTrainer(DiffusionTrainer):
         if "weight" in inputs:
             losses = inputs["weight"] * losses
 
-        self.record(self.metrics(errors, ref_errors))
-        self.record(log_ratios_by_noise(ref_errors - errors, noised.noise_level, is_chosen(errors)))
+        by_noise = log_ratios_by_noise(ref_errors - errors, noised.noise_level, is_chosen(errors))
+        self.record(self.metrics(errors, ref_errors) | by_noise)
         return losses.mean()
 
     def guarded(

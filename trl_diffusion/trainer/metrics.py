@@ -74,20 +74,32 @@ class MetricSums:
     """
 
     def __init__(self):
-        self._sums: dict[str, torch.Tensor] = {}
+        # Sums and counts of metrics of one length, `(2, metrics)`, by their names.
+        self._sums: dict[tuple[str, ...], torch.Tensor] = {}
 
-    def add(self, name: str, values: torch.Tensor, where: torch.Tensor | None = None) -> None:
-        """Adds `values`, or those of them where the mask `where` is True."""
-        values = values.detach().float()
-        where = torch.ones_like(values, dtype=torch.bool) if where is None else where
-        pair = torch.stack([torch.where(where, values, 0.0).sum(), where.sum()])
-        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+    def add(self, metrics: Metrics) -> None:
+        """Adds values, or those of them where their mask is True: few operations, however many metrics there are."""
+        by_length: dict[int, list[str]] = {}
+        for name, (values, _) in metrics.items():
+            by_length.setdefault(values.numel(), []).append(name)
+        for names in by_length.values():
+            values = torch.stack([metrics[name][0].detach().float().reshape(-1) for name in names])
+            everywhere = torch.ones_like(values[0], dtype=torch.bool)
+            masks = [metrics[name][1] for name in names]
+            where = torch.stack([everywhere if mask is None else mask.reshape(-1) for mask in masks])
+            sums = torch.stack([torch.where(where, values, 0.0).sum(1), where.sum(1)])
+            key = tuple(names)
+            self._sums[key] = self._sums[key] + sums if key in self._sums else sums
 
     def pop_means(self, accelerator) -> dict[str, float]:
         """Means over all ranks, then starts anew. Every rank must call it, having added the same names."""
         if not self._sums:
             return {}
-        names = sorted(self._sums)
-        sums = accelerator.reduce(torch.stack([self._sums[name] for name in names]), reduction="sum").tolist()
+        # A name can be in several entries: a short last batch may be as long as a metric of one value.
+        names = sorted({name for key in self._sums for name in key})
+        sums = torch.zeros(2, len(names), device=next(iter(self._sums.values())).device)
+        for key, values in self._sums.items():
+            sums[:, [names.index(name) for name in key]] += values
         self._sums = {}
-        return {name: total / count for name, (total, count) in zip(names, sums, strict=True) if count}
+        means = accelerator.reduce(sums, reduction="sum").T.tolist()
+        return {name: total / count for name, (total, count) in zip(names, means, strict=True) if count}

@@ -145,8 +145,8 @@ class DiffusionRPOTrainer(DiffusionTrainer):
         window, parts = self.over_window(pairs)
         losses, metrics = self.contrast(window)
 
-        self.record(metrics | image_metrics(errors, ref_errors, is_chosen(errors), self.args.beta))
-        self.record(log_ratios_by_noise(ref_errors - errors, noised.noise_level, is_chosen(errors)))
+        by_noise = log_ratios_by_noise(ref_errors - errors, noised.noise_level, is_chosen(errors))
+        self.record(metrics | image_metrics(errors, ref_errors, is_chosen(errors), self.args.beta) | by_noise)
         return self.window_mean(losses, parts).float()
 
     def window_values(self, model, inputs, noised: Noised, log_ratios: torch.Tensor) -> torch.Tensor:
