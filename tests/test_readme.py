@@ -1,4 +1,4 @@
-"""Python blocks of README and docs are run for fewer steps, and the README's commands too; those of the docs are parsed."""
+"""Python blocks of README and docs are run for fewer steps, the README's commands too; those of docs are parsed."""
 
 import importlib
 import os
