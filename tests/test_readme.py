@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from trl_diffusion.cli import bench, beta, main, training
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "examples/emoji/data/README.md")]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
 # `make test` runs this file, tests/test_docs.py does what `make docs` does; the others install what is there already.
 NOT_RUN = {"make test", "make demo", "make docs", "pip install -e ."}
 # What these print is compared with the block behind them.
@@ -64,7 +66,15 @@ def run(command: list[str], folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_commands(workplace):
+def test_commands(workplace, monkeypatch):
+    """In processes of their own, but for those that differ from the first only in the method, or do not train."""
+
+    def launch_here(args):
+        monkeypatch.setattr(sys, "argv", [args.training_script, *args.training_script_args])
+        runpy.run_path(args.training_script, run_name="__main__")
+
+    monkeypatch.setattr(training, "launch_command", launch_here)
+    monkeypatch.chdir(workplace)
     lines = [line for block in blocks(ROOT / "README.md", "bash") for line in block.splitlines() if line.strip()]
     commands = [line for line in lines if line not in NOT_RUN]
     assert len(commands) == 7
@@ -74,7 +84,10 @@ def test_commands(workplace):
             words += ["--max_steps", "2", "--per_device_train_batch_size", "2"]
         if "generate" in line:
             words += ["--num_inference_steps", "2", "--num_images_per_prompt", "1"]
-        run(words, workplace)
+        if words[:2] in (["trl-diffusion", "kto"], ["accelerate", "launch"]):
+            run(words, workplace)
+        else:
+            main(words[1:])
     for method in ("kto", "rpo", "dpo", "sft"):
         assert (workplace / f"outputs/emoji-{method}/model_index.json").is_file()
     assert (workplace / "outputs/pictures/grid.png").is_file()
