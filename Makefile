@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup lint test fast demo
+.PHONY: setup lint test fast demo docs
 setup: $(VENV)/.installed
 
 # One stamp for the environment: it is made anew when a requirement changes.
@@ -29,3 +29,7 @@ fast: lint
 # model this small a second one gains nothing, and loses much where another program wants the core.
 demo: setup
 	OMP_NUM_THREADS=1 $(BIN)/python examples/emoji/demo.py --output_dir outputs/demo
+
+# README and docs/ as a site in site/; a warning is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

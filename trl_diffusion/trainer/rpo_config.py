@@ -39,7 +39,7 @@ class DiffusionRPOConfig(PreferenceConfig):
         timestep_sharing (`str`, *optional*, defaults to `"pair"`):
             Whether only the images of a pair share the timestep (`"pair"`, as in Diffusion-DPO) or all pairs of a
             window do (`"window"`, the reading closest to the formula, which has one timestep). Our choice: with many
-            timesteps in a step the gradient is less noisy, see docs/rpo.md.
+            timesteps in a step the gradient is less noisy, see docs/trainers/rpo.md.
         noise_sharing (`str`, *optional*, defaults to `"pair"`):
             Whether the images of a `"pair"` share the noise, as in Diffusion-DPO, or `"none"` do. Our choice.
         window (`str`, *optional*, defaults to `"batch"`):
