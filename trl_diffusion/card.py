@@ -39,6 +39,7 @@ _NOT_SETTINGS = frozenset(
     "log_level log_level_replica log_on_each_node debug do_train do_eval do_predict deepspeed fsdp_config "
     "accelerator_config parallelism_config model_init_kwargs".split()
 )
+_ENGINES = {"replicated": "DDP", "deepspeed": "DeepSpeed", "fsdp2": "FSDP2"}
 # What tells how good the policy is; the rest is for those who read curves.
 _HEADLINE = re.compile(r"(^|_)(loss$|rewards/|win_rate/|score/)")
 
@@ -206,7 +207,6 @@ def _loading(trainer, base: str, load_id: str) -> str:
 In ComfyUI: write one file, and put it into `models/{folder}`.
 
 ```bash
-pip install trl-diffusion
 trl-diffusion export --model_name_or_path {load_id} --layout {layout} --output {name}
 ```"""
     return f"""## How to load
@@ -277,7 +277,9 @@ def _settings(trainer, base: str, revision: str | None, data_name: str | None) -
         "empty prompts": args.proportion_empty_prompts,
         "seed": args.seed,
         "data seed": args.seed if args.data_seed is None else args.data_seed,
-        "processes": f"{args.world_size}, {engines.engine_of(trainer.accelerator)}",
+        "processes": f"{args.world_size}, {_ENGINES[engines.engine_of(trainer.accelerator)]}"
+        if args.world_size > 1
+        else 1,
         "versions": _versions(),
     }
 

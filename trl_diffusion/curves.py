@@ -70,7 +70,7 @@ def _draw_panel(draw: ImageDraw.ImageDraw, x0: float, y0: float, name: str, curv
         )
 
     draw.text(((x0 + LEFT) * scale, (y0 + 10) * scale), name, TEXT, heading)
-    for value in ticks(low, high, 4):
+    for value in ticks(low, high, 5):
         (left, y), (right, _) = place(first, value), place(last, value)
         draw.line([(left, y), (right, y)], GRID, scale)
         draw.text((left - 6 * scale, y), f"{value:.6g}", TEXT, font, anchor="rm")
