@@ -609,7 +609,7 @@ def test_non_finite_loss_stops_the_run(build, tmp_path, peft_config, logging_ste
     )
     with pytest.raises(FloatingPointError, match=r"stopped being finite at step 3: lower `learning_rate` or `beta`"):
         trainer.train()
-    assert sorted(path.name for path in tmp_path.glob("*")) == ["README.md", "checkpoint-2"]
+    assert [path.name for path in tmp_path.glob("*point*")] == ["checkpoint-2"]
     load_policy(trainer.model, trainer.family, tmp_path / "checkpoint-2")
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 

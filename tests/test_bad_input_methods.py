@@ -8,7 +8,8 @@ from datasets import Dataset, List, Value
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from tests.conftest import embed, pairs, unpaired
-from tests.test_methods import METHODS, trainer_of
+from tests.methods import METHODS
+from tests.test_methods import trainer_of
 from tests.tiny import tiny_stable_diffusion, tiny_tokenizer
 from trl_diffusion.data import embed_pairs
 from trl_diffusion.data.formats import EMBEDDING_COLUMNS

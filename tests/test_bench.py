@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.test_methods import ALL, BOTH, METHODS, assert_close, losses, trained, trainer_of, weights
+from tests.methods import METHODS
+from tests.test_methods import ALL, BOTH, assert_close, losses, trained, trainer_of, weights
 from trl_diffusion.bench import measure as bench
 from trl_diffusion.bench.estimate import published_models
 from trl_diffusion.bench.measure import PARTS, BareLoop, Stopwatch, as_text, measure, synthetic_data

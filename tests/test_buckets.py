@@ -12,17 +12,9 @@ from PIL import Image as PILImage
 from trl import TrlParser
 
 from tests import tiny
-from tests.conftest import embed, picture
-from trl_diffusion import (
-    DiffusionDPOConfig,
-    DiffusionDPOTrainer,
-    DiffusionKTOConfig,
-    DiffusionKTOTrainer,
-    DiffusionRPOConfig,
-    DiffusionRPOTrainer,
-    DiffusionSFTConfig,
-    DiffusionSFTTrainer,
-)
+from tests.conftest import picture
+from tests.methods import METHODS, make_trainer
+from trl_diffusion import DiffusionSFTConfig
 from trl_diffusion.data.buckets import image_sizes, in_whole_batches, nearest_bucket, parse_sizes
 from trl_diffusion.data.samplers import DesirableRatioSampler, KeyedSampler
 
@@ -65,34 +57,14 @@ def pairs(rows: int = 20) -> Dataset:
     )
 
 
-METHODS = {
-    "kto": (DiffusionKTOTrainer, DiffusionKTOConfig, unpaired, {"beta": 100.0}, {}),
-    "rpo": (DiffusionRPOTrainer, DiffusionRPOConfig, pairs, {"beta": 100.0}, {"embedder": embed}),
-    "dpo": (DiffusionDPOTrainer, DiffusionDPOConfig, pairs, {"beta": 100.0}, {}),
-    "sft": (DiffusionSFTTrainer, DiffusionSFTConfig, supervised, {}, {}),
-}
+def data_of(method: str, rows: int = 20) -> Dataset:
+    return {"kto": unpaired, "sft": supervised}.get(method, pairs)(rows)
 
 
-def make(folder, method="sft", pipeline=None, dataset=None, eval_dataset=None, **options):
-    trainer_class, config_class, data, defaults, arguments = METHODS[method]
-    defaults = {
-        "per_device_train_batch_size": 2,
-        "max_steps": 4,
-        "learning_rate": 1e-4,
-        "resolution": RESOLUTION,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    } | defaults
-    return trainer_class(
-        model=pipeline or tiny.tiny_stable_diffusion(),
-        args=config_class(str(folder), **(defaults | options)),
-        train_dataset=data() if dataset is None else dataset,
-        eval_dataset=eval_dataset,
-        **arguments,
-    )
+def make(folder, method="sft", pipeline=None, dataset=None, **changes):
+    dataset = data_of(method) if dataset is None else dataset
+    settings = {"per_device_train_batch_size": 2, "max_steps": 4, "resolution": RESOLUTION} | changes
+    return make_trainer(method, pipeline or tiny.tiny_stable_diffusion(), folder, dataset, **settings)
 
 
 def losses(trainer) -> list[float]:
@@ -289,7 +261,7 @@ def test_a_step_may_be_split_in_any_way(tmp_path, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_evaluation_does_not_depend_on_batches(tmp_path, method):
     """The last batch of a bucket is filled up with rows that must not count twice."""
-    data = METHODS[method][2](13)
+    data = data_of(method, 13)
     found = [
         make(tmp_path, method, eval_dataset=data, per_device_eval_batch_size=size).evaluate() for size in (1, 2, 5)
     ]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
 import textwrap
@@ -13,29 +14,18 @@ import torch
 from PIL import Image
 from transformers import TrainerCallback
 
-from tests.conftest import picture, unpaired
-from trl_diffusion import DiffusionKTOConfig, DiffusionKTOTrainer, LogImagesCallback
+from tests import methods
+from tests.conftest import picture
+from trl_diffusion import DiffusionKTOTrainer, LogImagesCallback
 from trl_diffusion.callbacks import image_grid, sample_rows
 
 
 PROMPTS = ["a cat", "a dog"]
 
 
-def make_trainer(model, folder, callbacks=None, **changes) -> DiffusionKTOTrainer:
-    settings = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "max_steps": 3,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    args = DiffusionKTOConfig(**settings | changes)
-    return DiffusionKTOTrainer(model=model, args=args, train_dataset=unpaired(), callbacks=callbacks)
+def make_trainer(model, folder, **changes) -> DiffusionKTOTrainer:
+    settings = {"learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+    return methods.make_trainer("kto", model, folder, **settings | changes)
 
 
 def samples(**changes) -> dict:
@@ -199,12 +189,28 @@ def test_tensorboard(sd, tmp_path, every, steps):
     assert "train/rewards/margins" in events.Tags()["scalars"]
 
 
-def run_script(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Trackers keep state in their modules and threads, so that each has a process of its own."""
-    environment = {**os.environ, "HOME": str(folder / "home"), "OMP_NUM_THREADS": "1", **environment}
-    environment.pop("CI", None)
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory):
+    """The folder of a run that went to wandb and trackio, in a process of its own: they keep state in modules."""
+    folder = tmp_path_factory.mktemp("tracked")
     (folder / "home").mkdir()
-    return subprocess.run(
+    code = f"""
+    import json, trackio, wandb
+    from pathlib import Path
+    from tests.test_callbacks import make_trainer, samples
+    from tests.tiny import tiny_stable_diffusion
+    from trackio.sqlite_storage import SQLiteStorage
+
+    folder, trackers = Path({str(folder)!r}), ["wandb", "trackio"]
+    make_trainer(tiny_stable_diffusion(), folder / "out", report_to=trackers, run_name="run", **samples()).train()
+    wandb.finish()
+    (run,) = SQLiteStorage.get_runs("huggingface")
+    (folder / "trackio.json").write_text(json.dumps(SQLiteStorage.get_logs("huggingface", run), default=str))
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "CI"}
+    environment |= {"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "WANDB_PROJECT": "test"}
+    environment |= {"TRACKIO_DIR": str(folder / "trackio"), "HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         cwd=Path(__file__).parents[1],
         env=environment,
@@ -212,52 +218,59 @@ def run_script(code: str, folder: Path, **environment: str) -> subprocess.Comple
         text=True,
         timeout=300,
     )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert written(folder / "out") == [f"step-{step:06d}.png" for step in (0, 2, 3)]
+    return folder
 
 
-TRACKED_RUN = """
-    import sys
-    from pathlib import Path
-    from tests.test_callbacks import make_trainer, samples
-    from tests.tiny import tiny_stable_diffusion
+def assert_scalars_arrived(logs: list[dict]) -> None:
+    losses = {entry["train/global_step"]: entry["train/loss"] for entry in logs if "train/loss" in entry}
+    assert list(losses) == [1, 2, 3]
+    assert losses[1] == 0.5
+    assert all("train/kl" in entry for entry in logs if "train/loss" in entry)
 
-    folder = Path({folder!r})
-    make_trainer(tiny_stable_diffusion(), folder / "out", report_to={tracker!r}, run_name="run", **samples()).train()
-"""
+
+def wandb_history(file: Path) -> list[dict]:
+    """What was logged in an offline run: records in blocks of 32 KiB, in the format of LevelDB's logs."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, record, rows = file.read_bytes(), 7, b"", []
+    while place + 7 <= len(data):
+        left = 2**15 - place % 2**15
+        if left < 7:  # too short for a record's head
+            place += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, place + 4)  # after a checksum
+        record += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            items = Record.FromString(record).history.item
+            rows.append({"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items})
+            record = b""
+    return [row for row in rows if row]
 
 
 @pytest.mark.slow
-def test_wandb(tmp_path):
-    code = TRACKED_RUN.format(folder=str(tmp_path), tracker="wandb") + "    import wandb; wandb.finish()\n"
-    result = run_script(code, tmp_path, WANDB_MODE="offline", WANDB_DIR=str(tmp_path), WANDB_PROJECT="test")
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert written(tmp_path / "out") == [f"step-{step:06d}.png" for step in (0, 2, 3)]
-    sent = [pixels(path) for path in tmp_path.glob("wandb/offline-run-*/files/media/images/samples_*.png")]
-    assert len(sent) == 3
-    for name in written(tmp_path / "out"):
-        grid = pixels(tmp_path / "out" / "samples" / name)
-        assert any(np.array_equal(grid, picture) for picture in sent)
+def test_wandb(tracked):
+    (run,) = tracked.glob("wandb/offline-run-*")
+    logs = wandb_history(next(run.glob("*.wandb")))
+    assert_scalars_arrived(logs)
+    grids = {
+        entry["train/global_step"]: run / "files" / entry["samples/path"] for entry in logs if "samples/path" in entry
+    }
+    assert list(grids) == [0, 2, 3]
+    for step, path in grids.items():
+        np.testing.assert_array_equal(pixels(path), pixels(tracked / "out" / "samples" / f"step-{step:06d}.png"))
 
 
 @pytest.mark.slow
-def test_trackio(tmp_path):
-    code = TRACKED_RUN.format(folder=str(tmp_path), tracker="trackio")
-    code += """
-    import json
-    from trackio.sqlite_storage import SQLiteStorage
-
-    (run,) = SQLiteStorage.get_runs("huggingface")
-    logs = SQLiteStorage.get_logs("huggingface", run)
-    (folder / "logs.json").write_text(json.dumps(logs, default=str))
-    """
-    result = run_script(code, tmp_path, TRACKIO_DIR=str(tmp_path / "trackio"))
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert written(tmp_path / "out") == [f"step-{step:06d}.png" for step in (0, 2, 3)]
-    logs = json.loads((tmp_path / "logs.json").read_text())
+def test_trackio(tracked):
+    logs = json.loads((tracked / "trackio.json").read_text())
+    assert_scalars_arrived(logs)
     assert [entry["train/global_step"] for entry in logs if "samples" in entry] == [0, 2, 3]
-    assert next(entry["train/loss"] for entry in logs if "train/loss" in entry) == 0.5
-    sent = [pixels(path) for path in (tmp_path / "trackio" / "media").rglob("*.png")]
-    for name in written(tmp_path / "out"):
-        grid = pixels(tmp_path / "out" / "samples" / name)
+    sent = [pixels(path) for path in (tracked / "trackio" / "media").rglob("*.png")]
+    for name in written(tracked / "out"):
+        grid = pixels(tracked / "out" / "samples" / name)
         assert any(np.array_equal(grid, picture) for picture in sent)
 
 

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.conftest import picture, unpaired
-from trl_diffusion import DiffusionKTOConfig, DiffusionKTOTrainer, LogImagesCallback, WinRateCallback
+from tests.conftest import picture
+from tests.test_callbacks import make_trainer
+from trl_diffusion import LogImagesCallback, WinRateCallback
 from trl_diffusion.cli import COMMANDS, main
 from trl_diffusion.evaluation import (
     Estimate,
@@ -587,22 +588,6 @@ def broken(images, prompts):
 
 
 # ---- During training ------------------------------------------------------------------------------------------------
-
-
-def make_trainer(model, folder, **changes) -> DiffusionKTOTrainer:
-    arguments = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "max_steps": 3,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    return DiffusionKTOTrainer(model=model, args=DiffusionKTOConfig(**arguments | changes), train_dataset=unpaired())
 
 
 def add_win_rates(trainer, scorer=brightness, **changes) -> WinRateCallback:

@@ -1,6 +1,5 @@
 """Every model family against its own pipeline, and with every trainer."""
 
-import copy
 import functools
 import inspect
 import math
@@ -26,25 +25,17 @@ from peft import LoraConfig, PeftModel
 from PIL import Image as PILImage
 
 from tests import tiny
-from tests.conftest import embed, pairs, picture, unpaired
-from trl_diffusion import (
-    DiffusionDPOConfig,
-    DiffusionDPOTrainer,
-    DiffusionKTOConfig,
-    DiffusionKTOTrainer,
-    DiffusionRPOConfig,
-    DiffusionRPOTrainer,
-    DiffusionSFTConfig,
-    DiffusionSFTTrainer,
-    families,
-)
+from tests.conftest import pairs, picture
+from tests.methods import METHODS, make_trainer
+from trl_diffusion import DiffusionSFTConfig, families
+from trl_diffusion.card import model_card
 from trl_diffusion.data.draws import Draws, ExampleKey
 from trl_diffusion.data.images import ImageTransform
 from trl_diffusion.export import export_lora, export_merged
 from trl_diffusion.families import FAMILIES, family_of
 from trl_diffusion.families.base import DDPMFamily
 from trl_diffusion.families.flux2 import Flux2
-from trl_diffusion.hub import load_trained, model_card
+from trl_diffusion.hub import load_trained
 from trl_diffusion.likelihood import (
     ELBO_BOUND,
     PREDICTION_TYPES,
@@ -531,12 +522,6 @@ def test_sizes_tell_what_was_done_to_an_image():
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 
-METHODS = {
-    "kto": (DiffusionKTOTrainer, DiffusionKTOConfig, unpaired, {"beta": 100.0}, {}),
-    "rpo": (DiffusionRPOTrainer, DiffusionRPOConfig, pairs, {"beta": 100.0}, {"embedder": embed}),
-    "dpo": (DiffusionDPOTrainer, DiffusionDPOConfig, pairs, {"beta": 100.0}, {}),
-    "sft": (DiffusionSFTTrainer, DiffusionSFTConfig, unpaired, {}, {}),
-}
 LORA = LoraConfig(r=4, lora_alpha=8)
 
 
@@ -547,29 +532,16 @@ def shorten_prompts(pipeline) -> None:
         pipeline.encode_prompt = encode
 
 
-def trainer_of(folder, pipeline, method: str, peft_config=None, dataset=None, quantization_config=None, **options):
-    trainer_class, config_class, data, defaults, arguments = METHODS[method]
+def trainer_of(folder, pipeline, method: str, peft_config=None, dataset=None, **changes):
     shorten_prompts(pipeline)
-    defaults = {
+    settings = {
         "per_device_train_batch_size": 2,
-        "max_steps": 3,
         "learning_rate": 1e-3,
         "resolution": RESOLUTION.get(type(pipeline).__name__, 16),
         "proportion_empty_prompts": 0.3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    } | defaults
-    return trainer_class(
-        model=pipeline,
-        args=config_class(str(folder), **(defaults | options)),
-        train_dataset=data(4) if dataset is None else dataset,
-        quantization_config=quantization_config,
-        peft_config=copy.deepcopy(peft_config),
-        **arguments,
-    )
+    }
+    dataset = METHODS[method].data(4) if dataset is None else dataset
+    return make_trainer(method, pipeline, folder, dataset, peft_config=peft_config, **settings | changes)
 
 
 def logged(trainer, name: str) -> list[float]:

@@ -1,6 +1,5 @@
 """Every method on the tiny pipeline: exact start, an independent step, options, resume, splits, streams, metrics."""
 
-import copy
 import functools
 import math
 
@@ -14,28 +13,13 @@ from peft import LoraConfig
 from PIL import Image
 
 from tests.conftest import embed, pairs, picture, unpaired
+from tests.methods import METHODS, make_trainer
 from tests.tiny import tiny_stable_diffusion
-from trl_diffusion import (
-    DiffusionDPOConfig,
-    DiffusionDPOTrainer,
-    DiffusionKTOConfig,
-    DiffusionKTOTrainer,
-    DiffusionRPOConfig,
-    DiffusionRPOTrainer,
-    DiffusionSFTConfig,
-    DiffusionSFTTrainer,
-)
 from trl_diffusion.data import CLIPEmbedder, embed_pairs
 from trl_diffusion.data.draws import Draws, ExampleKey
 from trl_diffusion.data.formats import EMBEDDING_COLUMNS
 
 
-METHODS = {
-    "kto": (DiffusionKTOConfig, DiffusionKTOTrainer, unpaired),
-    "rpo": (DiffusionRPOConfig, DiffusionRPOTrainer, pairs),
-    "dpo": (DiffusionDPOConfig, DiffusionDPOTrainer, pairs),
-    "sft": (DiffusionSFTConfig, DiffusionSFTTrainer, pairs),
-}
 ALL = pytest.mark.parametrize("method", METHODS)
 LORA = LoraConfig(r=4, lora_alpha=8)
 BOTH = pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
@@ -44,31 +28,15 @@ LOG_2 = torch.tensor(math.log(2)).item()
 
 def trainer_of(method: str, folder, dataset=None, pipeline=None, peft_config=None, **changes):
     """A trainer of the method; `changes` are those of its configuration, or arguments of the trainer."""
-    config_class, trainer_class, data = METHODS[method]
-    settings = {
-        "per_device_train_batch_size": 4,
-        "max_steps": 4,
-        "learning_rate": 1e-4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    if method != "sft":
-        settings["beta"] = 100.0
-    arguments = {name: changes.pop(name) for name in ("eval_dataset", "ref_model", "embedder") if name in changes}
-    dataset = data() if dataset is None else dataset
-    if method == "rpo" and "embedding_model" not in changes and isinstance(dataset, Dataset):
-        if EMBEDDING_COLUMNS[0] not in dataset.column_names:
-            arguments.setdefault("embedder", embed)
-    return trainer_class(
-        model=pipeline or tiny_stable_diffusion(),
-        args=config_class(str(folder), **settings | changes),
-        train_dataset=dataset,
-        peft_config=copy.deepcopy(peft_config),
-        **arguments,
-    )
+    dataset = METHODS[method].data() if dataset is None else dataset
+    if method == "rpo" and (
+        "embedding_model" in changes
+        or not isinstance(dataset, Dataset)
+        or EMBEDDING_COLUMNS[0] in dataset.column_names
+    ):
+        changes.setdefault("embedder", None)  # the data set's, or the trainer's own
+    pipeline = pipeline or tiny_stable_diffusion()
+    return make_trainer(method, pipeline, folder, dataset, peft_config=peft_config, **{"max_steps": 4} | changes)
 
 
 def trained(*args, resume=None, **kwargs):
@@ -557,13 +525,15 @@ PAPERS = {"kto": "2404.04465", "rpo": "2406.06382", "dpo": "2311.12908", "sft": 
 
 @ALL
 def test_model_card_names_paper_and_beta(tmp_path, method):
-    trainer = trainer_of(method, tmp_path, **({} if method == "sft" else {"beta": 123.0}))
+    trainer = trained(method, tmp_path, max_steps=2, **({} if method == "sft" else {"beta": 123.0}))
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
     assert f"https://huggingface.co/papers/{PAPERS[method]}" in card
     assert f"arXiv:{PAPERS[method]}" in card
     assert ("| beta | 123 " in card) == (method != "sft")
     assert f"diffusion-{method}" in card
+    # A panel for each curve that the method logs: loss, and margins, accuracies and error growth of a preference.
+    assert Image.open(tmp_path / "assets" / "curves.png").size == ((800, 420) if method == "sft" else (1600, 840))
 
 
 def test_model_card_of_rpo_names_the_embedding(tmp_path, clip_folder):

@@ -8,7 +8,8 @@ import torch
 from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig, TorchAoConfig
 
 from tests import tiny
-from tests.test_families import LORA, METHODS, logged, overfit, trainer_of
+from tests.methods import METHODS
+from tests.test_families import LORA, logged, overfit, trainer_of
 from trl_diffusion.cli.arguments import ModelArguments
 from trl_diffusion.data.features import modules_fingerprint
 from trl_diffusion.families import family_of, load_pipeline, pipeline_quantization

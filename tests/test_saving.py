@@ -4,8 +4,10 @@ import copy
 import functools
 import itertools
 import json
+import math
 import platform
 import re
+import shlex
 import shutil
 from concurrent.futures import Future
 from pathlib import Path
@@ -17,16 +19,21 @@ import pytest
 import torch
 import transformers
 import trl
+import yaml
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from huggingface_hub.utils import LocalEntryNotFoundError, filter_repo_objects
 from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, VeraConfig
+from PIL import Image as PILImage
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from tests.conftest import unpaired
 from trl_diffusion import DiffusionKTOConfig, DiffusionKTOTrainer, hub
+from trl_diffusion import card as card_module
+from trl_diffusion.cli import main
 
 
 TOKEN = "hf_SECRETTOKEN"
@@ -140,7 +147,7 @@ def test_full_output_is_a_pipeline(trained, sd_folder):
 def test_full_output_holds_a_pipeline_and_nothing_else(trained, sd_folder):
     """The folder has the files of the base pipeline; what `save_pretrained` writes there, we write."""
     ours = {name for name in files(trained("full").args.output_dir) if not name.startswith("checkpoint-")}
-    assert ours == files(sd_folder) | {"README.md", "training_args.json"}
+    assert ours == files(sd_folder) | {"README.md", "assets/curves.png", "training_args.json"}
 
 
 @pytest.mark.parametrize("peft", DIFFUSERS_LORA)
@@ -373,7 +380,7 @@ def test_checkpoint_that_fails_half_way_leaves_nothing(
         broken = make_trainer(sd_folder, tmp_path / "broken", peft, max_steps=3)
         with pytest.raises(OSError, match="No space left"):
             broken.train()
-    assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == ["README.md", "checkpoint-1"]
+    assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == ["README.md", "assets", "checkpoint-1"]
     assert files(tmp_path / "broken" / "checkpoint-1") == files(whole_folder / "checkpoint-1")
 
     again = make_trainer(sd_folder, tmp_path / "broken", peft, max_steps=3)
@@ -414,7 +421,7 @@ def test_half_a_checkpoint_is_never_resumed_from(sd_folder, tmp_path):
     again = make_trainer(sd_folder, tmp_path, max_steps=2)
     again.train(resume_from_checkpoint=True)
     assert [entry["step"] for entry in again.state.log_history if "loss" in entry] == [1, 2]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "checkpoint-1", "checkpoint-2"]
+    assert sorted(path.name for path in tmp_path.glob("*point*")) == ["checkpoint-1", "checkpoint-2"]
 
 
 # ---- Which checkpoints stay, and the best one -----------------------------------------------------------------------
@@ -692,6 +699,14 @@ def loading_code(card: ModelCard) -> str:
     return re.search(r"## How to load\s+```python\n(.*?)```", card.text, re.DOTALL).group(1)
 
 
+SAMPLES = {
+    "validation_prompts": ["a cat | a dog", "a: 'dog'"],
+    "validation_steps": 1,
+    "num_validation_images": 1,
+    "validation_inference_steps": 1,
+}
+
+
 @pytest.fixture(scope="module")
 def card_trainer(sd_folder, tmp_path_factory):
     trainer = make_trainer(
@@ -701,14 +716,14 @@ def card_trainer(sd_folder, tmp_path_factory):
         beta=2345.0,
         eval_strategy="steps",
         eval_steps=1,
-        validation_prompts=["a cat"],
-        validation_steps=1,
-        num_validation_images=1,
-        validation_inference_steps=1,
         seed=77,
+        hub_token=TOKEN,
+        model_init_kwargs={"token": TOKEN},
+        **SAMPLES,
     )
     trainer.train()
     trainer.save_model()
+    trainer.log({"eval_win_rate/pickscore": 0.75, "eval_rewards/margins": math.nan})
     trainer.create_model_card()
     return trainer
 
@@ -724,27 +739,35 @@ def test_card_metadata(card):
     assert data.pipeline_tag == "text-to-image"
     assert {"trl", "trl-diffusion", "diffusion-kto", "lora"} <= set(data.tags)
     assert data.model_name == "my-model"
-    assert data.get("base_model") is None  # a local path means nothing on the Hub
-    assert "base_model" not in data.to_dict()
-    assert data.get("datasets") is None
+    # A local path means nothing on the Hub; its data are given as they are, and its base has no card.
+    assert not {"base_model", "base_model_relation", "datasets", "license"} & set(data.to_dict())
+    assert "look it up before you share" in card.text
 
 
 def test_card_metrics(card, card_trainer):
+    """What is logged last counts, and numbers only: the Hub takes no nan."""
     last = [entry for entry in card_trainer.state.log_history if "eval_loss" in entry][-1]
-    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    for name in ("loss", "rewards/margins", "rewards/accuracies"):
-        assert results[name] == pytest.approx(last[f"eval_{name}"])
+    name, results = model_index_to_eval_results(card.data.to_dict()["model-index"])
+    assert name == "my-model"
+    values = {result.metric_type: result.metric_value for result in results}
+    assert {"loss", "win_rate/pickscore", "rewards/chosen", "rewards/rejected", "rewards/accuracies"} == set(values)
+    for name in ("loss", "rewards/accuracies"):
+        assert values[name] == pytest.approx(last[f"eval_{name}"])
         assert f"| eval_{name} | {last[f'eval_{name}']:.6g} |" in card.text
+    assert {result.dataset_type for result in results if "win_rate" in result.metric_type} == {"prompts"}
+    assert "| eval_errors/chosen |" in card.text
+    assert "nan" not in card.text
 
 
 def test_card_text(card, card_trainer, sd_folder):
     rows = dict(re.findall(r"^\| ([^|]+?) \| (.+?) \|$", card.text, re.MULTILINE))
-    assert rows["base model"] == sd_folder
+    assert rows["base model"] == "tiny-sd"
     assert "Diffusion-KTO" in rows["method"]
     assert rows["beta"].startswith("2345 ")
     assert re.search(r"mean squared error.*factor 1/2", rows["beta"])
-    assert (rows["steps"], rows["training rows"], rows["seed"]) == ("2", "12", "77")
-    assert "LORA" in rows["training"].upper()
+    assert (rows["steps"], rows["training rows"], rows["seed"], rows["data seed"]) == ("2", "12", "77", "77")
+    assert rows["data fingerprint"] == f"`{unpaired()._fingerprint}`"
+    assert rows["training"].startswith("adapter (LORA; r 2; target_modules to_k, to_out.0, to_q, to_v; lora_alpha 8")
     for name, version in {
         "Python": platform.python_version(),
         "trl": trl.__version__,
@@ -757,45 +780,158 @@ def test_card_text(card, card_trainer, sd_folder):
     assert re.search(
         r"```bibtex\n@inproceedings\{li2024aligning,.*Optimizing Human Utility.*```", card.text, re.DOTALL
     )
-    picture = re.search(r"!\[.*?\]\((.+?)\)", card.text).group(1)
-    assert picture == "samples/step-000002.png"
-    assert (Path(card_trainer.args.output_dir) / picture).is_file()
+
+
+def test_card_lists_every_changed_option(card, card_trainer):
+    options = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card.text, re.DOTALL).group(1))
+    assert {k: v for k, v in options.items() if k in SAMPLES} == SAMPLES
+    expected = {"beta": 2345.0, "max_steps": 2, "learning_rate": 3e-2, "seed": 77, "lr_scheduler_type": "constant"}
+    assert {name: options[name] for name in expected} == expected
+    assert not {"weight_decay", "output_dir", "hub_token", "model_init_kwargs", "report_to"} & set(options)
+    assert DiffusionKTOConfig("elsewhere", use_cpu=True, **options).beta == 2345.0
+
+
+def test_card_tells_nothing_of_the_machine(card, card_trainer, sd_folder):
+    """Neither a token nor a path; the adapter's own file needs the base's."""
+    folder = Path(card_trainer.args.output_dir)
+    assert_no_token_in(folder)
+    for text in (card.content, (folder / "training_args.json").read_text()):
+        assert str(folder.parent) not in text
+        assert str(Path(sd_folder).parent) not in text
+
+
+def test_card_shows_before_and_after(card, card_trainer):
+    folder = Path(card_trainer.args.output_dir)
+    prompts = SAMPLES["validation_prompts"]
+    shown = [
+        (entry["text"].removesuffix(" (before the training)"), entry["output"]["url"]) for entry in card.data.widget
+    ]
+    assert shown == [
+        (prompt, f"assets/{when}-{i}.png") for i, prompt in enumerate(prompts) for when in ("after", "before")
+    ]
+    pixels = {url: np.asarray(PILImage.open(folder / url)) for _, url in shown}
+    assert len({picture.tobytes() for picture in pixels.values()}) == 4
+    for step, when in ((0, "before"), (2, "after")):  # the first of each row of the grids
+        grid = np.asarray(PILImage.open(folder / "samples" / f"step-{step:06d}.png"))
+        np.testing.assert_array_equal(grid[-20:-4, 4:20], pixels[f"assets/{when}-1.png"])
+    pictures = re.findall(r"!\[.*?\]\((.+?)\)", card.text)
+    assert pictures == ["assets/before_after.png", "assets/curves.png"]
+    assert all((folder / name).is_file() for name in pictures)
+
+
+def test_pictures_of_the_card_are_pushed(sd_folder, tmp_path, fake_hub):
+    trainer = pushing_trainer(sd_folder, tmp_path, "lora", "every_save", **SAMPLES)
+    trainer.train()
+    trainer.push_to_hub()
+    for commit in fake_hub.commits:
+        card = ModelCard.load(commit.folder / "README.md")
+        pictures = [entry["output"]["url"] for entry in card.data.widget]
+        pictures += re.findall(r"!\[.*?\]\((.+?)\)", card.text)
+        assert len(pictures) >= 5
+        assert all((commit.folder / name).is_file() for name in pictures)
+    assert_no_token_in(tmp_path)
+
+
+def test_resumed_run_keeps_the_pictures_of_the_start(sd_folder, tmp_path):
+    make_trainer(sd_folder, tmp_path, "lora", max_steps=1, **SAMPLES).train()
+    before, after = ((tmp_path / "assets" / f"{when}-0.png").read_bytes() for when in ("before", "after"))
+    changes = SAMPLES | {"validation_prompts": [SAMPLES["validation_prompts"][0], "a bird"]}
+    again = make_trainer(sd_folder, tmp_path, "lora", max_steps=2, **changes)
+    again.train(resume_from_checkpoint=True)
+    assert (tmp_path / "assets" / "before-0.png").read_bytes() == before
+    assert (tmp_path / "assets" / "after-0.png").read_bytes() != after
+    # No start was drawn of the new prompt.
+    urls = [entry["output"]["url"] for entry in ModelCard.load(tmp_path / "README.md").data.widget]
+    assert urls == ["assets/after-0.png", "assets/before-0.png", "assets/after-1.png"]
+    # Without samples there is no gallery, and a picture of an earlier run is not shown.
+    make_trainer(sd_folder, tmp_path, "lora").create_model_card()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.get("widget") is None
+    assert "<Gallery />" not in card.text
+    assert "![" not in card.text
 
 
 @pytest.mark.parametrize("peft", ["full", "lora", "dora", "loha", "modules to save"])
-def test_card_tells_how_to_load(trained, monkeypatch, peft):
-    """The code of the card, run where the folder lies, draws what the trained policy draws."""
+def test_card_tells_how_to_load(trained, sd_folder, tmp_path, monkeypatch, peft):
+    """The code of the card, run where model and base lie, draws what the policy draws; so does ComfyUI's file."""
     trainer = trained(peft)
-    folder = Path(trainer.args.output_dir)
     trainer.create_model_card()
-    monkeypatch.chdir(folder.parent)
-    names = {}
-    exec(loading_code(ModelCard.load(folder / "README.md")), names)
+    for folder in (trainer.args.output_dir, sd_folder):
+        (tmp_path / Path(folder).name).symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    card, names = ModelCard.load(tmp_path / "tiny-kto" / "README.md"), {}
+    exec(loading_code(card), names)
     assert names["image"].size == (16, 16)
     np.testing.assert_allclose(pictures(names["pipeline"]), pictures(trainer.pipeline), atol=1e-5)
+    command = re.search(r"^trl-diffusion (export .*)$", card.text, re.MULTILINE)
+    assert (command is not None) == ("ComfyUI" in card.text) == (peft in ("full", "lora"))
+    if command:
+        main(shlex.split(command.group(1)))
+        exported = hub.load_trained("tiny-kto.safetensors")
+        torch.testing.assert_close(answer(exported.unet), answer(trainer.pipeline.unet), rtol=0, atol=1e-5)
 
 
-def test_card_of_a_base_from_the_hub(sd, tmp_path):
+def test_card_of_a_base_from_the_hub(sd, tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: open\nlicense_link: LICENSE.md\n---\n")
+    asked = []
+    monkeypatch.setattr(
+        card_module, "hf_hub_download", lambda *args, **kwargs: asked.append((args, kwargs)) or tmp_path / "README.md"
+    )
     sd.register_to_config(_name_or_path="some-org/tiny-sd")
     trainer = make_trainer(sd, tmp_path / "out", "lora")
-    trainer.create_model_card(model_name="Tiny", dataset_name="some-org/likes", tags="emoji")
+    for _ in range(2):  # asked for once
+        trainer.create_model_card(model_name="Tiny", dataset_name="some-org/likes", tags="emoji")
+    assert asked == [(("some-org/tiny-sd", "README.md"), {"revision": None})]
     card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert card.data.base_model == "some-org/tiny-sd"
+    assert (card.data.base_model, card.data.get("base_model_relation")) == ("some-org/tiny-sd", "adapter")
     assert card.data.datasets in ("some-org/likes", ["some-org/likes"])
     assert card.data.model_name == "Tiny"
     assert "emoji" in card.data.tags
     assert 'from_pretrained("some-org/tiny-sd")' in loading_code(card)
     assert "# Tiny\n" in card.text
+    link = "https://huggingface.co/some-org/tiny-sd/blob/main/LICENSE.md"
+    assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "open", link)
+    assert f"That of the base model: [open]({link})." in card.text
 
 
-def test_card_of_a_local_data_set(trained, sd_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("---\nlicense: mit\nlanguage: en\n---\n# Base", {"license": "mit"}),
+        (
+            "---\nlicense: other\nlicense_name: x\nlicense_link: https://x.org\n---\n",
+            {"license": "other", "license_name": "x", "license_link": "https://x.org"},
+        ),
+        ("---\nlicense: other\nlicense_link: LICENSE\n---\n", {"license": "other"}),
+        ("---\nlicense: [mit, x]\n---\n", {}),
+        ("---\nlicense: 'mit\n---\n", {}),
+        ("# Base\nlicense: mit", {}),
+        (None, {}),
+    ],
+    ids=["mit", "other", "file beside", "list", "broken", "no metadata", "no card"],
+)
+def test_license_is_read_and_never_guessed(tmp_path, text, expected):
+    if text is not None:
+        (tmp_path / "README.md").write_text(text)
+    assert card_module.base_license(str(tmp_path)) == expected
+
+
+def test_license_of_a_model_that_cannot_be_reached(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(card_module, "hf_hub_download", unreachable)
+    assert card_module.base_license("some-org/unreachable") == {}
+
+
+def test_card_of_a_local_data_set(sd_folder, tmp_path):
     """The Hub refuses a card whose `datasets` is no data set id; a local folder is one for the text only."""
     (tmp_path / "likes" / "emoji").mkdir(parents=True)
     trainer = make_trainer(sd_folder, tmp_path / "out", "lora")
     trainer.create_model_card(dataset_name=str(tmp_path / "likes" / "emoji"))
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.get("datasets") is None
-    assert "likes" in card.text
+    assert "| training data | emoji |" in card.text
 
 
 def test_card_of_a_pushed_model_loads_from_the_hub(sd_folder, tmp_path, fake_hub):

@@ -9,12 +9,17 @@ from typing import Any, Literal
 import torch
 from accelerate.utils import broadcast_object_list
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from .evaluation.statistics import prompt_medians
 from .evaluation.win_rate import win_rate
 from .rewards.base import Scorer, score_images
+
+
+ASSETS = "assets"
+"""Folder in the output folder of the pictures that the model card shows."""
 
 
 def image_grid(rows: list[list[Image.Image]], captions: list[str] | None = None, margin: int = 4) -> Image.Image:
@@ -58,8 +63,9 @@ class LogImagesCallback(TrainerCallback):
     Draws sample images at fixed seeds before the first step, every `every_n_steps` steps and at the end.
 
     The grid goes to `output_dir/samples/step-000000.png` and to those of tensorboard, wandb and trackio that
-    `args.report_to` names. All ranks but the first only wait. Sampling takes nothing from the generators of the
-    training, so that a run with this callback computes what a run without it computes.
+    `args.report_to` names; each prompt's first picture, before the training and as of now, goes to `output_dir/assets`
+    for the model card. All ranks but the first only wait. Sampling takes nothing from the generators of the training,
+    so that a run with this callback computes what a run without it computes.
 
     Args:
         trainer ([`DiffusionTrainer`]):
@@ -102,9 +108,10 @@ class LogImagesCallback(TrainerCallback):
     def draw(self) -> Image.Image:
         """The grid of the policy as it is now; on all ranks."""
         with self.trainer.ready_to_draw():
-            return self._draw_and_score()[0]
+            return image_grid(*self._draw_and_score()[:2])
 
-    def _draw_and_score(self) -> tuple[Image.Image, dict[str, float]]:
+    def _draw_and_score(self) -> tuple[list[list[Image.Image]], list[str], dict[str, float]]:
+        """Rows of pictures, their captions, and metrics."""
         trainer = self.trainer
         height, width = trainer.image_sizes[0]
         with trainer.whole_pipeline() as pipeline:
@@ -121,23 +128,35 @@ class LogImagesCallback(TrainerCallback):
             means = [sum(row) / len(row) for row in scores]
             captions = [f"{caption} · {name} {mean:.4g}" for caption, mean in zip(captions, means, strict=True)]
             metrics[f"samples/{name}"] = sum(means) / len(means)
-        return image_grid(rows, captions), metrics
+        return rows, captions, metrics
 
     def _log(self, args, state) -> None:
         metrics: dict[str, float] = {}
         with self.trainer.ready_to_draw() as draws:
             if draws:
-                grid, metrics = self._draw_and_score()
+                rows, captions, metrics = self._draw_and_score()
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / "samples"
             folder.mkdir(parents=True, exist_ok=True)
+            grid = image_grid(rows, captions)
             grid.save(folder / f"step-{state.global_step:06d}.png")
+            self._keep([row[0] for row in rows], Path(args.output_dir) / ASSETS, state.global_step)
             self._send_to_trackers(grid, state.global_step)
         self.last_step = state.global_step
         self.trainer.accelerator.wait_for_everyone()
         if self.scorers:
             (metrics,) = broadcast_object_list([metrics])
             log_beside(self.trainer, metrics)
+
+    def _keep(self, pictures: list[Image.Image], folder: Path, step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if step == 0:
+            for old in (*folder.glob("before-*.png"), *folder.glob("after-*.png")):
+                old.unlink()
+        for i, (prompt, picture) in enumerate(zip(self.prompts, pictures, strict=True)):
+            about = PngInfo()
+            about.add_itxt("prompt", prompt)
+            picture.save(folder / f"{'after' if step else 'before'}-{i}.png", pnginfo=about)
 
     def _send_to_trackers(self, grid: Image.Image, step: int) -> None:
         for callback in self.trainer.callback_handler.callbacks:

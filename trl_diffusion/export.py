@@ -143,6 +143,15 @@ def _open_clip_weights(text_encoder) -> dict[str, torch.Tensor]:
     return new
 
 
+def fits_single_file(pipeline: DiffusionPipeline) -> bool:
+    """Whether [`single_file_weights`] takes the pipeline."""
+    pipe: Any = pipeline
+    kind = type(pipeline).__name__
+    if kind == "StableDiffusionPipeline":
+        return pipe.text_encoder.config.hidden_act == "quick_gelu"  # not 2.x
+    return kind in SINGLE_FILE_PIPELINES
+
+
 def single_file_weights(pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
     """
     All weights of a Stable Diffusion 1.x or XL pipeline under their original names, as one file holds them.

@@ -1,24 +1,20 @@
-"""What is written to disk and to the Hub: weights that diffusers loads, whole or not at all, and the model card."""
+"""What is written to disk and to the Hub: weights that diffusers loads, whole or not at all."""
 
 import json
 import os
-import platform
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from diffusers import DiffusionPipeline
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, save_torch_state_dict
-from huggingface_hub.utils import HfHubHTTPError, validate_repo_id
+from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
 from . import engines
-from .data.buckets import show_size
 from .families import Family, family_of, load_pipeline
 from .files import written_whole
 
@@ -151,13 +147,21 @@ def load_weights(model, folder: Path) -> None:
     engines.write(own, weights)
 
 
+def public_name(name: str) -> str:
+    """
+    What is told of a model, a data set or a folder: its id or relative path; of an absolute path the last part, since
+    the rest tells of a machine and its user.
+    """
+    return Path(name).name if os.path.isabs(name) else name
+
+
 def save_training_args(args: TrainingArguments, directory: Path) -> None:
     """
     Writes `training_args.json`, for the record.
 
     JSON and not the pickle that `Trainer` writes: that one holds the Hub token in plain text, and is pushed.
     """
-    record = args.to_dict()  # without tokens
+    record = {k: public_name(v) if isinstance(v, str) else v for k, v in args.to_dict().items()}  # without tokens
     (directory / "training_args.json").write_text(json.dumps(record, indent=2, default=str, sort_keys=True) + "\n")
 
 
@@ -203,138 +207,6 @@ def upload(api, trainer, checkpoint: Path) -> list:
     return jobs
 
 
-def is_hub_id(name: str | None) -> bool:
-    """Whether `name` can be a model on the Hub (and is no local path)."""
-    if not name or os.path.exists(name):
-        return False
-    try:
-        validate_repo_id(name)
-    except (HfHubHTTPError, ValueError):
-        return False
-    return True
-
-
-def _versions() -> str:
-    names = ["trl-diffusion", "trl", "transformers", "diffusers", "accelerate", "peft", "datasets", "torch"]
-    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in names)])
-
-
-def model_card(trainer, model_name: str | None = None, dataset_name: str | None = None, tags=None) -> ModelCard:
-    """
-    The model card: what was trained from what, how, with which result, and how to load it.
-
-    Args:
-        trainer: A trainer of this library.
-        model_name (`str`, *optional*): Name in the title. Defaults to the output folder's.
-        dataset_name (`str`, *optional*): Data set's Hub id.
-        tags (`str` or `list[str]`, *optional*): Further tags.
-    """
-    args, family, peft = trainer.args, trainer.family, is_peft_model(trainer.model)
-    output_dir = Path(args.output_dir)
-    model_name = model_name or output_dir.name
-    base_model = trainer.base_model_id
-    hub_base = base_model if is_hub_id(base_model) else None
-    hub_data = dataset_name if is_hub_id(dataset_name) else None
-    load_id = trainer.hub_model_id or model_name
-    pictures = sorted((output_dir / "samples").glob("*.png"))
-
-    metrics = {}
-    for entry in trainer.state.log_history:
-        metrics.update({k: v for k, v in entry.items() if isinstance(v, float) and k not in ("epoch", "step")})
-    shown = {k: v for k, v in metrics.items() if "runtime" not in k and "per_second" not in k and k != "total_flos"}
-    evaluation = [
-        EvalResult(
-            task_type="text-to-image",
-            dataset_type=hub_data or "preference",
-            dataset_name=dataset_name or "held-out preference data",
-            metric_type=name.removeprefix("eval_"),
-            metric_value=value,
-        )
-        for name, value in shown.items()
-        if name.startswith("eval_")
-    ]
-    extra_tags = [tags] if isinstance(tags, str) else list(tags or [])
-    data = ModelCardData(
-        base_model=hub_base,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        datasets=hub_data,
-        model_name=model_name,
-        tags=sorted({*trainer._tag_names, *extra_tags, *(["lora"] if peft else [])}),
-        eval_results=evaluation or None,
-    )
-
-    if peft and loads_as_diffusers_lora(trainer.model.peft_config["default"], family):
-        loading = (
-            f'pipeline = DiffusionPipeline.from_pretrained("{base_model}")\npipeline.load_lora_weights("{load_id}")'
-        )
-    elif peft:
-        loading = (
-            "from peft import PeftModel\n\n"
-            f'pipeline = DiffusionPipeline.from_pretrained("{base_model}")\n'
-            f"pipeline.{family.denoiser_name} = "
-            f'PeftModel.from_pretrained(pipeline.{family.denoiser_name}, "{load_id}")'
-        )
-    else:
-        loading = f'pipeline = DiffusionPipeline.from_pretrained("{load_id}")'
-
-    rows = lambda items: "\n".join(f"| {key} | {value} |" for key, value in items)  # noqa: E731
-    settings = {
-        "base model": base_model,
-        "training": "adapter (" + trainer.model.peft_config["default"].peft_type.value + ")" if peft else "full",
-        "training data": dataset_name or "given as a `datasets.Dataset`",
-        "training rows": trainer.num_train_rows or "streamed",
-        "steps": trainer.state.global_step,
-        "examples per step": trainer.examples_per_step,
-        **trainer.card_settings(),
-        "learning rate": args.learning_rate,
-        "schedule": f"{args.lr_scheduler_type.value}, warm-up {args.warmup_steps:g}",
-        "optimizer": args.optim.value,
-        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
-        "resolution": ", ".join(map(show_size, trainer.image_sizes)),
-        "empty prompts": args.proportion_empty_prompts,
-        "seed": args.seed,
-        "versions": _versions(),
-    }
-    metrics_text = ""
-    if shown:
-        table = rows((name, f"{value:.6g}") for name, value in shown.items())
-        metrics_text = f"## Last logged metrics\n\n| metric | value |\n|---|---|\n{table}\n\n"
-    samples = f"![Samples](samples/{pictures[-1].name})\n\n" if pictures else ""
-    paper = trainer._paper
-    content = f"""---
-{data.to_yaml()}
----
-
-# {model_name}
-
-Trained from `{base_model}` with [{trainer._name}](https://huggingface.co/papers/{paper["id"]}), by
-`trl-diffusion`.
-
-{samples}## How to load
-
-```python
-from diffusers import DiffusionPipeline
-
-{loading}
-image = pipeline("a photo of a cat").images[0]
-```
-
-## How it was trained
-
-| setting | value |
-|---|---|
-{rows(settings.items())}
-
-{metrics_text}## Citation
-
-```bibtex
-{paper["citation"]}
-```
-"""
-    return ModelCard(content)
-
-
 def load_trained(name: str, **kwargs: Any) -> DiffusionPipeline:
     """
     Loads a pipeline for inference: a Hub id, a pipeline's folder, the output folder of an adapter training, whose base
@@ -364,7 +236,7 @@ def load_trained(name: str, **kwargs: Any) -> DiffusionPipeline:
 __all__ = [
     "load_policy",
     "load_trained",
-    "model_card",
+    "public_name",
     "save_frozen_parts",
     "save_policy",
     "save_training_args",

@@ -12,27 +12,10 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests import test_buckets
-from tests.conftest import embed, pairs, unpaired
+from tests.conftest import pairs, unpaired
+from tests.methods import make_trainer
 from tests.tiny import tiny_stable_diffusion
-from trl_diffusion import (
-    DiffusionDPOConfig,
-    DiffusionDPOTrainer,
-    DiffusionKTOConfig,
-    DiffusionKTOTrainer,
-    DiffusionRPOConfig,
-    DiffusionRPOTrainer,
-    DiffusionSFTConfig,
-    DiffusionSFTTrainer,
-)
 from trl_diffusion.data.formats import EMBEDDING_COLUMNS
-
-
-METHODS = {
-    "kto": (DiffusionKTOConfig, DiffusionKTOTrainer),
-    "rpo": (DiffusionRPOConfig, DiffusionRPOTrainer),
-    "dpo": (DiffusionDPOConfig, DiffusionDPOTrainer),
-    "sft": (DiffusionSFTConfig, DiffusionSFTTrainer),
-}
 
 
 def train(
@@ -44,16 +27,16 @@ def train(
     buckets: bool = False,
     **options,
 ) -> None:
-    config_class, trainer_class = METHODS[method]
     of_all_shapes = (test_buckets.unpaired, test_buckets.pairs)
     data = (of_all_shapes if buckets else (unpaired, pairs))[method != "kto"]
-    trainer = trainer_class(
-        model=tiny_stable_diffusion(),
-        args=config_class(output_dir, use_cpu=True, report_to="none", logging_steps=1, **options),
-        train_dataset=data(40).to_iterable_dataset() if stream else data(),
+    trainer = make_trainer(
+        method,
+        tiny_stable_diffusion(),
+        output_dir,
+        data(40).to_iterable_dataset() if stream else data(),
         eval_dataset=data(7),
         peft_config=LoraConfig(r=4, lora_alpha=8) if lora else None,
-        **({"embedder": embed} if method == "rpo" else {}),
+        **options,
     )
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()

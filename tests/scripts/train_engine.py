@@ -27,7 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.conftest import embed, pairs, unpaired
-from tests.scripts.train import METHODS
+from tests.methods import METHODS
 
 
 def zero(stage: int, threshold: int | str = 0) -> dict:
@@ -145,7 +145,7 @@ def train(
     if resume == "last":
         resume = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
     in_cache = fault is not None and fault["when"] == "cache"
-    config_class, trainer_class = METHODS[method]
+    config_class, trainer_class, *_ = METHODS[method]
     data = unpaired if method == "kto" else pairs
     engine_options = copy.deepcopy(ENGINES[engine])  # the configuration is filled in place
     try:

@@ -27,7 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
-from .. import engines, files, hub
+from .. import card, engines, files, hub
 from ..callbacks import ErrorGrowthCallback, LogImagesCallback, TensorBoardLogger
 from ..data.buckets import Size, image_sizes, in_whole_batches, nearest_bucket, parse_sizes, show_size
 from ..data.cache import fingerprint
@@ -153,6 +153,7 @@ class DiffusionTrainer(_BaseTrainer):
         # Data: checked first, because it costs nothing.
         if train_dataset is None:
             raise ValueError("`train_dataset` is required.")
+        self.data_fingerprint = train_dataset._fingerprint if isinstance(train_dataset, Dataset) else None
         train_dataset = self._prepare_dataset(train_dataset, "training data set", args)
         if isinstance(train_dataset, IterableDataset):
             self._check_training_stream(args)
@@ -1001,11 +1002,12 @@ class DiffusionTrainer(_BaseTrainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None, **kwargs):
-        """Writes `README.md` of the output folder; see [`hub.model_card`]."""
+        """Writes `README.md` of the output folder, and the pictures in it; see [`card.model_card`]."""
         if self.is_world_process_zero():
             os.makedirs(self.args.output_dir, exist_ok=True)
-            card = hub.model_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags)
-            card.save(Path(self.args.output_dir) / "README.md")
+            card.draw_pictures(self)
+            text = card.model_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags)
+            text.save(Path(self.args.output_dir) / "README.md")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staging is not None:  # called by Trainer before the checkpoint is whole
