@@ -22,6 +22,7 @@ from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load, save
 from torch.utils import data as torch_data
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tqdm.auto import tqdm
 
 from .cache import built_once, cache_root, fingerprint, own_share, part_file, read_parts, write_part
@@ -63,9 +64,18 @@ def modules_fingerprint(modules: Mapping[str, torch.nn.Module]) -> str:
     for part, module in sorted(modules.items()):
         for name, tensor in sorted(module.state_dict().items()):
             digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            # As bytes, because numpy knows no bfloat16.
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            for plain in _plain_tensors(tensor):
+                # As bytes, because numpy knows no bfloat16.
+                digest.update(plain.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensor, or what one of torchao's quantized tensors is made of."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [plain for name in names for plain in _plain_tensors(getattr(tensor, name))]
 
 
 def encoders_fingerprint(encoders: "Family") -> str:
