@@ -1,10 +1,8 @@
 """Every file of examples/recipes: its commands are understood, and it trains a tiny pipeline of its family."""
 
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -171,50 +169,6 @@ def test_estimates_of_the_comments(name):
         assert least < 24e9 / 2**30
         assert options["cache_features"]
         assert options["gradient_checkpointing"]
-
-
-UNDER_DEEPSPEED = """
-import os, sys
-import deepspeed
-# It would compile collectives through shared memory, which takes minutes; gloo's do.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-from accelerate.commands.launch import _validate_launch_command
-from accelerate.state import AcceleratorState
-from accelerate.utils.launch import prepare_deepspeed_cmd_env
-from trl_diffusion.cli import kto, main, training
-
-def launch(args):
-    args, *_ = _validate_launch_command(args)
-    os.environ.update(prepare_deepspeed_cmd_env(args)[1], RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(args.main_process_port))
-    sys.argv = [args.training_script, *args.training_script_args]
-    kto.main()
-    print("stage", AcceleratorState().deepspeed_plugin.zero_stage)
-
-training.launch_command = launch
-main(sys.argv[1:])
-"""
-
-
-@pytest.mark.slow
-def test_zero3_recipe_under_deepspeed(stand_ins, tmp_path):
-    pytest.importorskip("deepspeed")
-    from tests.scripts.train_engine import free_port
-
-    file = RECIPES["sdxl_kto_zero3"]
-    words = overrides(yaml.safe_load(file.read_text()), "kto", stand_ins, tmp_path / "out")
-    words += ["--num_processes", "1", "--main_process_port", str(free_port())]
-    environment = {k: v for k, v in os.environ.items() if k != "CI"} | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", UNDER_DEEPSPEED, "kto", "--config", str(file), *words],
-        env=environment | {"DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "stage 3" in done.stdout
-    assert (tmp_path / "out" / "model_index.json").is_file()
 
 
 def test_every_recipe_is_in_the_readme():
