@@ -66,7 +66,7 @@ def modules_fingerprint(modules: Mapping[str, torch.nn.Module]) -> str:
             digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             for plain in _plain_tensors(tensor):
                 # As bytes, because numpy knows no bfloat16.
-                digest.update(plain.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+                digest.update(plain.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
