@@ -152,6 +152,43 @@ def test_activations_are_those_of_a_forward(name, rank):
     assert memory.checkpointed - kept < memory.activations / 2 or name in ("flux", "sd3")  # of one or two blocks
 
 
+# A UNet's group norms do not run on a CPU with weights in bfloat16.
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_four_bits_are_those_of_bitsandbytes(name):
+    """The layers themselves run on a CPU, where diffusers refuses to load a model with them."""
+    bnb = pytest.importorskip("bitsandbytes")
+    model = published(name)
+    policy = build(model["denoiser"], "cpu").requires_grad_(False).bfloat16()
+    for parent in list(policy.modules()):
+        for child, layer in list(parent.named_children()):
+            if isinstance(layer, torch.nn.Linear):
+                packed = bnb.nn.Linear4bit(
+                    layer.in_features,
+                    layer.out_features,
+                    layer.bias is not None,
+                    compute_dtype=torch.bfloat16,
+                    compress_statistics=False,
+                    quant_type="nf4",
+                ).bfloat16()
+                packed.load_state_dict(layer.state_dict())
+                setattr(parent, child, packed.requires_grad_(False).to("cpu"))
+    layers = [module for module in policy.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    scales = bench.num_bytes(layer.weight.quant_state.absmax for layer in layers)
+    targets = set(family_class(model["pipeline_class"]).lora_targets)
+    policy = bench.get_peft_model(policy, bench.LoraConfig(r=4, target_modules=targets)).train()
+    tensors = [*policy.parameters(), *policy.buffers()]
+    memory = training_memory(model, Mode(4, bf16=True, four_bit=True), 2, 0)
+    assert bench.num_bytes(tensors) + scales == memory.weights
+
+    saved = bench.SavedTensors(tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        # Held until it is counted, or its storages would be given to other tensors.
+        answer = saved.count(policy.base_model.model, lambda: policy(**inputs_of(model, 2)))
+    assert answer is not None
+    # Kernels of the CPU keep some statistics in another dtype, as above.
+    assert saved.bytes == pytest.approx(memory.activations, rel=0.02)
+
+
 @pytest.mark.parametrize("rank", [None, 4], ids=["full", "lora"])
 @pytest.mark.parametrize("name", TINY)
 def test_bytes_of_a_training(tmp_path, name, rank):
@@ -230,7 +267,7 @@ def test_the_command(monkeypatch, capsys):
     main(["bench", "--estimate", "--batch_size", "2", "--lora_r", "4"])
     text = capsys.readouterr().out
     assert "**flux**, 16 pixels, 2 image(s) in a micro-batch: 0.00 B parameters (" in text
-    for mode in ("full, fp32", "full, bf16", "LoRA r=4, fp32", "LoRA r=4, bf16"):
+    for mode in ("full, fp32", "full, bf16", "LoRA r=4, fp32", "LoRA r=4, bf16", "LoRA r=4, bf16, 4 bit"):
         assert f"| {mode} | 0.0 |" in text
     for options, message in (
         (["--estimate", "--model", "sd3"], "invalid choice: 'sd3'"),

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -150,13 +151,17 @@ class Mode:
         bf16 (`bool`, *optional*, defaults to `False`):
             Computes under bfloat16 autocast. Weights that are trained stay float32; the base of a LoRA, and the
             encoders beside it, are loaded in bfloat16.
+        four_bit (`bool`, *optional*, defaults to `False`):
+            The linear layers of a LoRA's base are kept in 4 bits, as `--load_in_4bit` has bitsandbytes do it.
     """
 
     lora_rank: int | None = None
     bf16: bool = False
+    four_bit: bool = False
 
     def __str__(self) -> str:
-        return f"{'full' if self.lora_rank is None else f'LoRA r={self.lora_rank}'}, {'bf16' if self.bf16 else 'fp32'}"
+        kind = "full" if self.lora_rank is None else f"LoRA r={self.lora_rank}"
+        return f"{kind}, {'bf16' if self.bf16 else 'fp32'}{', 4 bit' if self.four_bit else ''}"
 
 
 @dataclass(frozen=True)
@@ -208,6 +213,21 @@ def _attention_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
 ATTENTION_FLOPS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
+FOUR_BIT_GROUP = 64
+"""Numbers that share a scale, a float32, in 4 bits of bitsandbytes."""
+
+
+def four_bit_bytes(weight: torch.Tensor) -> int:
+    """Bytes of a weight and its scales in 4 bits."""
+    return -(-weight.numel() // 2) + torch.float32.itemsize * -(-weight.numel() // FOUR_BIT_GROUP)
+
+
+def _four_bit_forward(linear: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    # As bitsandbytes' layer: it computes in its own dtype, also under autocast, and answers in that of the input.
+    with torch.autocast("cpu", enabled=False):
+        return torch.nn.functional.linear(x.to(linear.weight.dtype), linear.weight, linear.bias).to(x.dtype)
+
+
 def training_memory(
     model: Published,
     mode: Mode,
@@ -228,8 +248,14 @@ def training_memory(
     """
     denoiser: Any = build(model["denoiser"])
     policy: Any = denoiser
+    saved_by_packing = 0
     if mode.lora_rank is not None:
         denoiser = denoiser.requires_grad_(False).to(torch.bfloat16 if mode.bf16 else torch.float32)
+        if mode.four_bit:
+            for module in denoiser.modules():
+                if isinstance(module, torch.nn.Linear):
+                    saved_by_packing += num_bytes([module.weight]) - four_bit_bytes(module.weight)
+                    module.forward = partial(_four_bit_forward, module)  # type: ignore[method-assign]
         targets = set(family_class(model["pipeline_class"]).lora_targets)
         with torch.device("meta"):
             policy = get_peft_model(denoiser, LoraConfig(r=mode.lora_rank, target_modules=targets))
@@ -244,7 +270,7 @@ def training_memory(
     casts = sum(p.numel() for p in trained) * torch.bfloat16.itemsize if mode.bf16 else 0
     del answer
     return Memory(
-        weights=num_bytes(policy.parameters()) + num_bytes(policy.buffers()),
+        weights=num_bytes(policy.parameters()) + num_bytes(policy.buffers()) - saved_by_packing,
         gradients=num_bytes(trained),
         optimizer=ADAMW_STATES * num_bytes(trained),
         reference=num_bytes(policy.parameters()) if mode.lora_rank is None else 0,
@@ -262,10 +288,11 @@ def estimate(model: Published, batch_size: int = 1, lora_rank: int = 16, modes: 
         model (`dict`): One of [`published_models`].
         batch_size (`int`, *optional*, defaults to `1`): Images of a micro-batch; a pair has two.
         lora_rank (`int`, *optional*, defaults to `16`): Rank of the LoRA.
-        modes (`list[Mode]`, *optional*): Defaults to full and LoRA, each in fp32 and bf16.
+        modes (`list[Mode]`, *optional*): Defaults to full and LoRA, each in fp32 and bf16, and LoRA in bf16 on 4 bits.
     """
     if modes is None:
         modes = [Mode(rank, bf16) for rank in (None, lora_rank) for bf16 in (False, True)]
+        modes.append(Mode(lora_rank, bf16=True, four_bit=True))
     denoiser = build(model["denoiser"])
     counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), counter:

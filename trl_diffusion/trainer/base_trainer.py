@@ -759,6 +759,8 @@ class DiffusionTrainer(_BaseTrainer):
         costs one more forward of the policy; what was encoded and the reference's errors are kept.
         """
         model, self._step_values, self._micro_batch = self.model_wrapped, [], -1
+        # As `training_step` will: in bf16, errors in another mode may differ in the last digits.
+        model.train()
         scored = []
         for batch in batches:
             inputs = self._prepare_inputs(batch)
