@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from tests.conftest import unpaired
 from tests.tiny import tiny_stable_diffusion
@@ -292,23 +293,17 @@ def kto_trainer(tmp_path, **options):
     return DiffusionKTOTrainer(tiny_stable_diffusion(), args=args, train_dataset=unpaired())
 
 
-class Recorder(LogImagesCallback):
-    """Keeps the policy's weights of every step, and draws nothing."""
+class Recorder(TrainerCallback):
+    """Keeps the policy's weights of every step."""
 
     def __init__(self, trainer):
         self.trainer, self.steps = trainer, []
-
-    def _log(self, *args):
-        pass
 
     def on_train_begin(self, *args, **kwargs):
         self.steps = [{k: w.detach().clone() for k, w in self.trainer.model.state_dict().items()}]
 
     def on_step_end(self, *args, **kwargs):
         self.steps.append({k: w.detach().clone() for k, w in self.trainer.model.state_dict().items()})
-
-    def on_train_end(self, *args, **kwargs):
-        pass
 
 
 def test_the_average_is_that_of_the_steps(tmp_path):
