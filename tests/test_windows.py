@@ -106,3 +106,15 @@ def test_resume_is_bit_for_bit(tmp_path, method, peft_config):
 def test_dropout_is_refused(tmp_path, method):
     with pytest.raises(ValueError, match=r"scores each micro-batch before it trains on it.*`disable_dropout` at True"):
         trainer_of(method, tmp_path, window="step", disable_dropout=False)
+
+
+@pytest.mark.parametrize("method", ["kto", "rpo"])
+def test_a_step_is_scored_in_the_mode_that_it_is_trained_in(tmp_path, method):
+    """After an evaluation, and with a model that was loaded for inference: some models answer otherwise then."""
+    trainer = trainer_of(method, tmp_path, window="step", max_steps=2, gradient_accumulation_steps=2)
+    trainer.model.eval()
+    modes, denoise = [], trainer.denoise
+    trainer.denoise = lambda model, noised: (modes.append(trainer.model.training), denoise(model, noised))[1]
+    trainer.train()
+    assert modes
+    assert all(modes)

@@ -109,7 +109,10 @@ class Environment:
         return run(self.folder / "bin/pip", *words, *options).stdout
 
     def versions(self) -> dict[str, str]:
-        return {part["name"].lower(): part["version"] for part in json.loads(self.pip("list", "--format", "json"))}
+        return {
+            part["name"].lower().replace("_", "-"): part["version"]
+            for part in json.loads(self.pip("list", "--format", "json"))
+        }
 
     def newest(self, names: tuple[str, ...]) -> dict[str, str]:
         """What the registry has, without regard to what anybody requires."""
