@@ -76,7 +76,7 @@ def launch(jobs: list[dict], folder: Path) -> list[bool]:
     file = folder / "jobs.json"
     file.write_text(json.dumps([{"log": str(folder / f"log-{i}")} | job for i, job in enumerate(jobs)]))
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(file)], env=environment, capture_output=True, text=True, timeout=1700
+        [sys.executable, str(SCRIPT), str(file)], env=environment, capture_output=True, text=True, timeout=3500
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(file.read_text())
@@ -162,7 +162,7 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_accumulation_on_one_process(trained, variant):
     assert len(set(losses(trained / f"one {variant} 1x1"))) == 6
@@ -170,7 +170,7 @@ def test_accumulation_on_one_process(trained, variant):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -482,7 +482,7 @@ def faults(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", [*FAULTS, *SHARDED_FAULTS])
 def test_disturbed_runs_can_be_resumed(faults, name):
     """To the last bit, and without leftovers."""
