@@ -276,3 +276,8 @@ def test_the_command(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             main(["bench", *options])
         assert message in capsys.readouterr().err
+
+
+def test_four_bits_are_not_trained():
+    with pytest.raises(ValueError, match=r"Found `four_bit` without `lora_rank`.*set a rank"):
+        Mode(four_bit=True)

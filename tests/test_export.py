@@ -17,8 +17,8 @@ from transformers import CLIPTextModelWithProjection
 
 from tests.tiny import tiny_stable_diffusion, tiny_stable_diffusion_xl, tiny_text_encoder, tiny_tokenizer
 from trl_diffusion.cli import main
-from trl_diffusion.export import export_lora, export_merged, single_file_weights, unet_name
-from trl_diffusion.families import family_of
+from trl_diffusion.export import export_lora, export_merged, lora_obstacle, single_file_weights, unet_name
+from trl_diffusion.families import family_class, family_of
 from trl_diffusion.hub import load_trained, save_policy
 
 
@@ -186,6 +186,15 @@ def test_what_a_layout_cannot_hold(trained, tmp_path, adapter, layout, message):
     with pytest.raises(ValueError, match=message):
         export_lora(trained(adapter)[0], tmp_path / "lora.safetensors", layout=layout)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layout", ["kohya", "comfyui"])
+def test_layouts_of_unets(layout):
+    """Of other families the card offers no file for ComfyUI, and the export refuses, by the same answer."""
+    found = lora_obstacle(LoraConfig(), family_class("FluxPipeline"), layout)
+    assert found == f"The layout '{layout}' is for UNets, found a FluxPipeline: choose 'diffusers', or merge."
+    assert lora_obstacle(LoraConfig(), family_class("FluxPipeline"), "diffusers") is None
+    assert lora_obstacle(LoraConfig(), family_class("StableDiffusionXLPipeline"), layout) is None
 
 
 def test_no_adapter(trained, tmp_path):

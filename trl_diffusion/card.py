@@ -25,7 +25,7 @@ from . import engines
 from .callbacks import ASSETS, LogImagesCallback, image_grid
 from .curves import draw_curves
 from .data.buckets import show_size
-from .export import fits_single_file
+from .export import lora_obstacle, single_file_obstacle
 from .hub import loads_as_diffusers_lora, public_name
 
 
@@ -196,9 +196,9 @@ def _loading(trainer, base: str, load_id: str) -> str:
             f'PeftModel.from_pretrained(pipeline.{family.denoiser_name}, "{load_id}")'
         )
     layout, folder = "", ""
-    if not peft and fits_single_file(trainer.pipeline):
+    if not peft and single_file_obstacle(trainer.pipeline) is None:
         layout, folder = "single_file", "checkpoints"
-    elif peft and family.denoiser_name == "unet" and loads_as_diffusers_lora(config, family) and not config.use_dora:
+    elif peft and lora_obstacle(config, family, "comfyui") is None:
         layout, folder = "comfyui", "loras"
     if layout:
         name = f"{load_id.split('/')[-1]}.safetensors"

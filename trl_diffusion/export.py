@@ -10,20 +10,20 @@ import re
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
 from diffusers.utils import convert_state_dict_to_kohya
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import load_peft_weights
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from .families import family_class, family_of, load_pipeline
+from .families import Family, family_class, family_of, load_pipeline
 from .files import written_whole
 from .hub import load_trained, loads_as_diffusers_lora
 
@@ -143,13 +143,17 @@ def _open_clip_weights(text_encoder) -> dict[str, torch.Tensor]:
     return new
 
 
-def fits_single_file(pipeline: DiffusionPipeline) -> bool:
-    """Whether [`single_file_weights`] takes the pipeline."""
-    pipe: Any = pipeline
-    kind = type(pipeline).__name__
-    if kind == "StableDiffusionPipeline":
-        return pipe.text_encoder.config.hidden_act == "quick_gelu"  # not 2.x
-    return kind in SINGLE_FILE_PIPELINES
+def single_file_obstacle(pipeline: DiffusionPipeline) -> str | None:
+    """Why [`single_file_weights`] does not take the pipeline; None if it does."""
+    kind, pipe = type(pipeline).__name__, cast(Any, pipeline)
+    if kind not in SINGLE_FILE_PIPELINES:
+        return f"Found a {kind}, expected one of {list(SINGLE_FILE_PIPELINES)}: merge it into a folder instead."
+    if kind == "StableDiffusionPipeline" and pipe.text_encoder.config.hidden_act != "quick_gelu":
+        return (
+            f"Found a text encoder with the activation {pipe.text_encoder.config.hidden_act!r}, as in Stable "
+            "Diffusion 2.x, expected 'quick_gelu', that of 1.x and XL: merge it into a folder instead."
+        )
+    return None
 
 
 def single_file_weights(pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
@@ -159,17 +163,10 @@ def single_file_weights(pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
     Raises:
         `ValueError`: if the pipeline is another, or a Stable Diffusion 2.x.
     """
-    kind = type(pipeline).__name__
-    if kind not in SINGLE_FILE_PIPELINES:
-        raise ValueError(
-            f"Found a {kind}, expected one of {list(SINGLE_FILE_PIPELINES)}: merge it into a folder instead."
-        )
-    pipe: Any = pipeline
-    if kind == "StableDiffusionPipeline" and pipe.text_encoder.config.hidden_act != "quick_gelu":
-        raise ValueError(
-            f"Found a text encoder with the activation {pipe.text_encoder.config.hidden_act!r}, as in Stable "
-            "Diffusion 2.x, expected 'quick_gelu', that of 1.x and XL: merge it into a folder instead."
-        )
+    obstacle = single_file_obstacle(pipeline)
+    if obstacle is not None:
+        raise ValueError(obstacle)
+    kind, pipe = type(pipeline).__name__, cast(Any, pipeline)
     parts = {
         "model.diffusion_model.": {unet_name(k, pipe.unet.config): v for k, v in pipe.unet.state_dict().items()},
         "first_stage_model.": _vae_weights(pipe.vae),
@@ -211,10 +208,6 @@ def _as_kohya_or_comfyui(
     weights: dict[str, torch.Tensor], config: Any, index: dict[str, Any], layout: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors of the layout, and what its readers look for in the metadata."""
-    if "unet" not in index:
-        raise ValueError(
-            f"The layout {layout!r} is for UNets, found a {index['_class_name']}: choose 'diffusers', or merge."
-        )
     base = config.base_model_name_or_path
     unet_config: Any = diffusers.UNet2DConditionModel.load_config(base, subfolder="unet")
     suffix = re.compile(r"\.lora_[AB]\.weight$")
@@ -245,6 +238,24 @@ def _as_kohya_or_comfyui(
         "ss_network_alpha": f"{alpha:g}",
         "ss_sd_model_name": base,
     }
+
+
+def lora_obstacle(config: PeftConfig, family: Family | type[Family], layout: str) -> str | None:
+    """Why a layout of [`LORA_LAYOUTS`] cannot hold an adapter; None if it can."""
+    if not family.loads_lora:
+        return (
+            f"Found a LoRA of a {family.pipeline_class}, for which diffusers has no LoRA files: merge it instead, or "
+            "load it with `peft.PeftModel`."
+        )
+    with_magnitudes = isinstance(config, LoraConfig) and config.use_dora
+    if not loads_as_diffusers_lora(config, family) or (with_magnitudes and layout != "diffusers"):
+        return (
+            f"The layout {layout!r} cannot hold all of this {'DoRA' if with_magnitudes else config.peft_type.value} "
+            "adapter: expected LoRA without biases, trained modules or magnitudes; merge it instead."
+        )
+    if layout != "diffusers" and family.denoiser_name != "unet":
+        return f"The layout {layout!r} is for UNets, found a {family.pipeline_class}: choose 'diffusers', or merge."
+    return None
 
 
 def export_lora(
@@ -290,17 +301,9 @@ def export_lora(
         )
     index: Any = DiffusionPipeline.load_config(base)
     family = family_class(index["_class_name"])
-    if not family.loads_lora:
-        raise ValueError(
-            f"Found a LoRA of a {family.pipeline_class}, for which diffusers has no LoRA files: merge it instead, or "
-            "load it with `peft.PeftModel`."
-        )
-    if not loads_as_diffusers_lora(config, family) or (config.use_dora and layout != "diffusers"):
-        kind = "DoRA" if config.peft_type == "LORA" and config.use_dora else config.peft_type.value
-        raise ValueError(
-            f"The layout {layout!r} cannot hold all of this {kind} adapter: expected LoRA without biases, trained "
-            "modules or magnitudes; merge it instead."
-        )
+    obstacle = lora_obstacle(config, family, layout)
+    if obstacle is not None:
+        raise ValueError(obstacle)
     weights = {
         key.removeprefix("base_model.model."): t.to(dtype or t.dtype)
         for key, t in load_peft_weights(str(name), device="cpu").items()

@@ -159,6 +159,10 @@ class Mode:
     bf16: bool = False
     four_bit: bool = False
 
+    def __post_init__(self):
+        if self.four_bit and self.lora_rank is None:
+            raise ValueError("Found `four_bit` without `lora_rank`: weights of 4 bits cannot be trained; set a rank.")
+
     def __str__(self) -> str:
         kind = "full" if self.lora_rank is None else f"LoRA r={self.lora_rank}"
         return f"{kind}, {'bf16' if self.bf16 else 'fp32'}{', 4 bit' if self.four_bit else ''}"

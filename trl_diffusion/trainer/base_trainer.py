@@ -1003,7 +1003,7 @@ class DiffusionTrainer(_BaseTrainer):
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
-    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None, **kwargs):
+    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None):
         """Writes `README.md` of the output folder, and the pictures in it; see [`card.model_card`]."""
         if self.is_world_process_zero():
             os.makedirs(self.args.output_dir, exist_ok=True)
