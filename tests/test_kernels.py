@@ -1,10 +1,13 @@
 """Options for speed: the same losses, and no option that is accepted and does nothing."""
 
+import copy
+
 import pytest
 import torch
 
 from tests import tiny
 from tests.test_methods import BOTH, losses, trained, trainer_of
+from trl_diffusion.trainer.policy import modules_known
 
 
 @pytest.mark.slow
@@ -76,3 +79,51 @@ def test_fused_adamw_is_the_default(tmp_path):
 def test_refused(tmp_path, build, options, message):
     with pytest.raises(ValueError, match=message):
         trainer_of("dpo", tmp_path, pipeline=build(), resolution=16, **options)
+
+
+class Policy(torch.nn.Module):
+    """With a parameter of its own, one that two modules share, one that is missing, and a module without any."""
+
+    def __init__(self):
+        super().__init__()
+        self.own = torch.nn.Parameter(torch.ones(1))
+        self.blocks = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(), torch.nn.Linear(2, 2, bias=False))
+        self.blocks[2].weight = self.blocks[0].weight
+
+
+def same_objects(first, second) -> bool:
+    return [id(one) for one in first] == [id(one) for one in second]
+
+
+def test_known_modules_answer_as_a_search_would():
+    policy = Policy()
+    with modules_known(policy):
+        assert same_objects(policy.parameters(), torch.nn.Module.parameters(policy))
+        assert same_objects(policy.parameters(recurse=False), [policy.own])
+        policy.blocks[0].bias = torch.nn.Parameter(torch.zeros(2))  # as an engine does, which cuts it up
+        assert same_objects(policy.parameters(), torch.nn.Module.parameters(policy))
+        policy.blocks[1].eval()  # somebody else's doing, in the midst of a training
+        assert policy.train() is policy
+        assert all(module.training for module in policy.modules())
+        assert not any(module.training for module in policy.eval().modules())
+        for parameter in policy.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        policy.zero_grad()
+        assert [parameter.grad for parameter in policy.parameters()] == [None, None, None]
+    assert not {"train", "parameters"} & set(vars(policy))
+
+
+def test_a_copy_made_in_training_is_on_its_own():
+    policy = Policy()
+    with modules_known(policy):
+        other = copy.deepcopy(policy)
+    other.blocks.append(torch.nn.Linear(2, 1))
+    assert same_objects(other.parameters(), torch.nn.Module.parameters(other))
+    assert not any(module.training for module in other.eval().modules())
+    assert all(module.training for module in policy.modules())
+
+
+@BOTH
+def test_modules_are_forgotten_after_the_training(tmp_path, peft_config):
+    trainer = trained("dpo", tmp_path, peft_config=peft_config, max_steps=1)
+    assert not {"train", "parameters"} & set(vars(trainer.model))

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils import data as torch_data
 
 from .draws import EVALUATION, Draws, ExampleKey
-from .features import LATENTS, PROMPT_INDEX, PromptTable, read_latents
+from .features import LATENTS, PROMPT_INDEX, PromptTable, plain_row, read_latents
 from .formats import EMBEDDING_COLUMNS, REF_ERRORS, check_row
 from .images import ImageTransform, read_image
 
@@ -75,9 +75,11 @@ class ExampleBuilder:
         elif self.sizes is None:
             del example["sizes"]
         if REF_ERRORS in self.columns:
-            example[REF_ERRORS] = torch.tensor(row[REF_ERRORS])[key.epoch if training else 0]
+            example[REF_ERRORS] = torch.tensor(row[REF_ERRORS][key.epoch if training else 0])
         example |= {name: row[name] for name in ("label", "weight") if name in self.columns}
-        return example | {name: torch.tensor(row[name]) for name in EMBEDDING_COLUMNS if name in self.columns}
+        # Numpy reads a long list several times as fast as torch does.
+        embeddings = {name: np.array(row[name], np.float32) for name in EMBEDDING_COLUMNS if name in self.columns}
+        return example | {name: torch.from_numpy(embedding) for name, embedding in embeddings.items()}
 
     def _look(self, row: Mapping[str, Any], draws: Draws, drop_prompt: bool) -> dict[str, Any]:
         pixels, sizes = zip(*[self.transform.with_sizes(row[name], draws) for name in self.image_columns], strict=True)
@@ -142,6 +144,9 @@ class Examples(torch_data.Dataset):
         order: np.ndarray | None = None,
     ):
         self.rows, self.builders = dataset.select_columns(builders[0].columns), builders
+        self.has_features = builders[0].prompts is not None
+        if self.has_features:
+            self.rows = self.rows.with_format("arrow")
         self.rows_per_window, self.buckets, self.order = rows_per_window, buckets, order
 
     def __len__(self) -> int:
@@ -152,7 +157,10 @@ class Examples(torch_data.Dataset):
             row = key if self.order is None else int(self.order[key])
             key = ExampleKey(row, window=row // self.rows_per_window)
         builder = self.builders[0 if self.buckets is None else self.buckets[key.row]]
-        example = read_image(key.row, lambda: builder(self.rows[key.row], key))
+        if self.has_features:
+            example = builder(plain_row(self.rows[key.row]), key)
+        else:
+            example = read_image(key.row, lambda: builder(self.rows[key.row], key))
         return example if self.order is None else example | {"row": torch.tensor(key.row)}
 
 

@@ -43,13 +43,26 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class PromptTable:
-    """Conditioning by the number of a prompt; 0 is the empty prompt."""
+    """Conditioning by the number of a prompt; 0 is the empty prompt. `blobs` are in the format "arrow"."""
 
     blobs: Dataset
     dtypes: dict[str, torch.dtype]
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {name: tensor.to(self.dtypes[name]) for name, tensor in load(self.blobs[index]["prompt"]).items()}
+        blob = plain_row(self.blobs[index])["prompt"]
+        return {name: tensor.to(self.dtypes[name]) for name, tensor in load(blob).items()}
+
+
+def plain_row(table: pa.Table) -> dict[str, Any]:
+    """
+    The row of a table of features, in which nothing is to be decoded: lists of numbers as arrays, the rest as Python
+    has it. In a fraction of the time that `datasets` takes for long lists.
+    """
+    values = {name: column[0] for name, column in zip(table.column_names, table.columns, strict=True)}
+    return {
+        name: value.values.to_numpy(zero_copy_only=False) if isinstance(value, pa.ListScalar) else value.as_py()
+        for name, value in values.items()
+    }
 
 
 def read_latents(blob: bytes, flip: bool) -> dict[str, torch.Tensor]:
@@ -167,7 +180,8 @@ class FeatureCache:
         name = fingerprint(source, self.encoders_name, repr(self.transforms), self.precision, str(self.dtype))
         folder = built_once(f"features-{name}", lambda folder: self._build(source, buckets, folder))
         dtypes = json.loads((folder / "dtypes.json").read_text())
-        table = PromptTable(read_parts(folder, "prompts"), {k: getattr(torch, v) for k, v in dtypes.items()})
+        blobs = read_parts(folder, "prompts").with_format("arrow")
+        table = PromptTable(blobs, {k: getattr(torch, v) for k, v in dtypes.items()})
         return concatenate_datasets([read_parts(folder, "index"), read_parts(folder, "latents")], axis=1), table
 
     def _build(self, source: Dataset, buckets: np.ndarray | None, folder: Path) -> None:

@@ -44,7 +44,7 @@ from ..likelihood import TimestepSampling, denoising_error
 from ..reference import Reference, SyncReferenceCallback, precomputed_errors
 from .base_config import DiffusionConfig
 from .metrics import Metrics, MetricSums
-from .policy import allow_checkpointing, choose_kernels, compile_blocks, make_policy
+from .policy import allow_checkpointing, choose_kernels, compile_blocks, make_policy, modules_known
 
 
 class Noised(NamedTuple):
@@ -720,7 +720,7 @@ class DiffusionTrainer(_BaseTrainer):
         Returns:
             The values, and of how many micro-batches they are.
         """
-        if self.args.window == "device":
+        if self.args.window == "device" or (self.args.window == "global" and self.args.world_size == 1):
             return values, 1
         if self.args.window == "step":
             parts = list(self._step_values)
@@ -800,7 +800,8 @@ class DiffusionTrainer(_BaseTrainer):
 
     def train(self, *args, **kwargs):
         self._start_statistics()
-        output = super().train(*args, **kwargs)
+        with modules_known(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):
+            output = super().train(*args, **kwargs)
         self._stop_if_not_finite()
         return output
 

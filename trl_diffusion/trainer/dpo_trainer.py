@@ -81,8 +81,9 @@ class DiffusionDPOTrainer(DiffusionTrainer):
         if "weight" in inputs:
             losses = inputs["weight"] * losses
 
-        by_noise = log_ratios_by_noise(ref_errors - errors, noised.noise_level, is_chosen(errors))
-        self.record(self.metrics(errors, ref_errors) | by_noise)
+        with torch.no_grad():
+            by_noise = log_ratios_by_noise(ref_errors - errors, noised.noise_level, is_chosen(errors))
+            self.record(self.metrics(errors, ref_errors) | by_noise)
         return losses.mean()
 
     def guarded(

@@ -133,8 +133,9 @@ class DiffusionKTOTrainer(DiffusionTrainer):
         if "weight" in inputs:
             losses = inputs["weight"] * losses
 
-        metrics = self.metrics(errors, ref_errors, inputs["label"], z)
-        self.record(metrics | log_ratios_by_noise(log_ratios, noised.noise_level, inputs["label"]))
+        with torch.no_grad():
+            metrics = self.metrics(errors, ref_errors, inputs["label"], z)
+            self.record(metrics | log_ratios_by_noise(log_ratios, noised.noise_level, inputs["label"]))
         return losses.mean()
 
     def losses(self, log_ratios: torch.Tensor, labels: torch.Tensor, z: torch.Tensor) -> torch.Tensor:

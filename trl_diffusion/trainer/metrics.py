@@ -50,12 +50,9 @@ def gradient_factor(
         The shares, of the shape of `x`, and where they exist (a weight of 0 makes all slopes 0).
     """
 
-    def slope(at: torch.Tensor) -> torch.Tensor:
-        at = at.detach().requires_grad_()
-        return torch.autograd.grad(losses(at).sum(), at)[0].abs()
-
+    at = [x.detach().requires_grad_(), torch.zeros_like(x).requires_grad_()]
     with torch.enable_grad():
-        now, start = slope(x), slope(torch.zeros_like(x))
+        now, start = (slope.abs() for slope in torch.autograd.grad([losses(y).sum() for y in at], at))
     return now / start, start > 0
 
 

@@ -2,7 +2,10 @@
 
 import copy
 import functools
+import operator
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from diffusers import ModelMixin
@@ -131,3 +134,38 @@ def allow_checkpointing(denoiser: ModelMixin) -> None:
         self.enable_gradient_checkpointing(functools.partial(checkpoint, **kwargs))
 
     denoiser.activation_checkpointing_enable = types.MethodType(activation_checkpointing_enable, denoiser)
+
+
+@contextmanager
+def modules_known(policy: torch.nn.Module) -> Iterator[None]:
+    """
+    Within, `train()` and `parameters()` of the policy go through a list of its modules.
+
+    `Trainer` and accelerate call them several times a step, and torch looks for all modules in each call: with an
+    adapter on a small model that took an eighth of the step. Modules must not be added within; parameters may be
+    replaced, as FSDP2 does.
+    """
+    modules = tuple(policy.modules())
+    by_name = [module._parameters for module in modules if module._parameters]
+    mode_of = operator.attrgetter("training")
+
+    # `self` is another than `policy` in a deep copy, which does as it always would.
+    def train(self, mode: bool = True):
+        if self is not policy or {mode} != set(map(mode_of, modules)):
+            type(self).train(self, mode)
+        return self
+
+    def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
+        if self is not policy or not recurse:
+            return type(self).parameters(self, recurse)
+        # One that modules share comes once.
+        found = {id(p): p for own in by_name for p in own.values() if p is not None}
+        return iter(found.values())
+
+    methods = {"train": types.MethodType(train, policy), "parameters": types.MethodType(parameters, policy)}
+    vars(policy).update(methods)
+    try:
+        yield
+    finally:
+        for name in methods:
+            del vars(policy)[name]

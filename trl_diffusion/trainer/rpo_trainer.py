@@ -146,8 +146,9 @@ class DiffusionRPOTrainer(DiffusionTrainer):
         window, parts = self.over_window(pairs)
         losses, metrics = self.contrast(window)
 
-        by_noise = log_ratios_by_noise(ref_errors - errors, noised.noise_level, is_chosen(errors))
-        self.record(metrics | image_metrics(errors, ref_errors, is_chosen(errors), self.args.beta) | by_noise)
+        with torch.no_grad():
+            by_noise = log_ratios_by_noise(ref_errors - errors, noised.noise_level, is_chosen(errors))
+            self.record(metrics | image_metrics(errors, ref_errors, is_chosen(errors), self.args.beta) | by_noise)
         return self.window_mean(losses, parts).float()
 
     def window_values(self, model, inputs, noised: Noised, log_ratios: torch.Tensor) -> torch.Tensor:
@@ -171,9 +172,10 @@ class DiffusionRPOTrainer(DiffusionTrainer):
         """
         # In float64 (which MPS lacks), so that rows sum to 1 and the loss at step 0 is log 2 to the last digit.
         pairs = pairs if pairs.device.type == "mps" else pairs.double()
-        log_ratios, row_weights = pairs[:, :2].T, pairs[:, 2]
+        # Only the log-ratios depend on the model.
+        log_ratios, row_weights, embeddings = pairs[:, :2].T, pairs[:, 2].detach(), pairs[:, 3:].detach()
         weights = contrast_weights(
-            *pairs[:, 3:].chunk(2, dim=1), temperature=self.args.temperature, diagonal=self.args.diagonal
+            *embeddings.chunk(2, dim=1), temperature=self.args.temperature, diagonal=self.args.diagonal
         )
 
         def losses(log_ratios: torch.Tensor) -> torch.Tensor:
@@ -182,7 +184,7 @@ class DiffusionRPOTrainer(DiffusionTrainer):
                 chosen, rejected, weights, beta=self.args.beta, weight_placement=self.args.weight_placement
             )
 
-        margins = log_ratios[0, :, None] - log_ratios[1, None, :]
+        margins = (log_ratios[0, :, None] - log_ratios[1, None, :]).detach()
         # Accuracies and margins are means over the weighted pairs.
         return losses(log_ratios), {
             "rewards/accuracies": ((weights * (margins > 0)).sum(1), None),
