@@ -126,6 +126,7 @@ ATTRIBUTES = {
     "diffusers.FluxPipeline._pack_latents": "(latents, batch_size, num_channels_latents, height, width)",
     "diffusers.Flux2Pipeline._pack_latents": "(latents)",
     "diffusers.QwenImagePipeline._pack_latents": "(latents, batch_size, num_channels_latents, height, width)",
+    "torch.nn.Module._parameters": "attribute",
     "diffusers.Flux2Pipeline._patchify_latents": "(latents)",
     "transformers.Trainer._prepare_inputs": "(self, inputs)",
     "diffusers.Flux2Pipeline._prepare_latent_ids": "(latents)",

@@ -105,14 +105,13 @@ class Reference:
         FSDP2 keeps of each parameter what it finds at its first forward, which is the reference's: with PEFT's version
         the adapter would get no gradient ever after.
         """
-        # Through `vars`, because an assignment to a module looks first whether it is a parameter, in each layer.
         for layer in self._adapter_layers:
-            vars(layer)["_disable_adapters"] = True
+            layer._disable_adapters = True
         try:
             yield
         finally:
             for layer in self._adapter_layers:
-                vars(layer)["_disable_adapters"] = False
+                layer._disable_adapters = False
 
 
 class SyncReferenceCallback(TrainerCallback):
