@@ -554,7 +554,7 @@ class FakeHub:
 def fake_hub(tmp_path, monkeypatch):
     fake = FakeHub(tmp_path / "hub")
     monkeypatch.setattr("transformers.trainer.hf_api", lambda: fake)
-    monkeypatch.setattr("trl_diffusion.trainer.base_trainer.hf_api", lambda: fake)
+    monkeypatch.setattr("trl_diffusion.trainer.saving.hf_api", lambda: fake)
     return fake
 
 

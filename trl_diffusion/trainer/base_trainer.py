@@ -5,12 +5,9 @@ A method's own file holds its columns, its loss and its metrics; nothing here kn
 
 import functools
 import math
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -19,15 +16,12 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from diffusers import DiffusionPipeline, ModelMixin
 from peft import PeftConfig
-from safetensors import SafetensorError
 from transformers import EvalPrediction, TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer import SCHEDULER_NAME, PushInProgress, hf_api, rotate_checkpoints
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
-from trl.trainer.base_trainer import _BaseTrainer
+from transformers.trainer_utils import has_length
 from trl.trainer.utils import disable_dropout_in_model
 
-from .. import card, engines, files, hub
+from .. import engines
 from ..callbacks import ErrorGrowthCallback, LogImagesCallback, TensorBoardLogger
 from ..data.buckets import Size, image_sizes, in_whole_batches, nearest_bucket, parse_sizes, show_size
 from ..data.cache import fingerprint
@@ -45,6 +39,7 @@ from ..reference import Reference, SyncReferenceCallback, precomputed_errors
 from .base_config import DiffusionConfig
 from .metrics import Metrics, MetricSums
 from .policy import allow_checkpointing, choose_kernels, compile_blocks, make_policy, modules_known
+from .saving import SavingTrainer
 
 
 class Noised(NamedTuple):
@@ -70,7 +65,7 @@ def rows_per_window(args: DiffusionConfig) -> int:
     )
 
 
-class DiffusionTrainer(_BaseTrainer):
+class DiffusionTrainer(SavingTrainer):
     """
     Base class of the trainers; see a method's own class for how to use it.
 
@@ -227,8 +222,6 @@ class DiffusionTrainer(_BaseTrainer):
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = self.family.has_idle_parameters
         self.ema = None if args.ema_decay is None else EMACallback(self, args.ema_decay)
-        self._staging: str | None = None
-        self.push_in_progress: PushInProgress | None = None
 
         super().__init__(
             model=policy,
@@ -890,140 +883,3 @@ class DiffusionTrainer(_BaseTrainer):
             return output
         predictions, label_ids = self._each_row_once(output.predictions, output.label_ids)
         return output._replace(predictions=predictions, label_ids=label_ids)
-
-    # ---- Saving -----------------------------------------------------------------------------------------------------
-
-    def _get_output_dir(self, trial) -> str:
-        return self._staging or super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """Writes the checkpoint beside its place and renames it when it is whole."""
-        output_dir = Path(super()._get_output_dir(trial))
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        staging = output_dir / files.INCOMPLETE
-        try:
-            if self.args.should_save:
-                self.create_model_card()
-                files.clear_staging(output_dir)
-            self.accelerator.wait_for_everyone()
-            self._staging = str(staging)
-            super()._save_checkpoint(model, trial)
-            self._save_beside_weights(staging / name)
-            self.accelerator.wait_for_everyone()
-            best = self.state.best_model_checkpoint
-            if best is not None and Path(best).parent == staging:
-                self.state.best_model_checkpoint = str(output_dir / name)
-            if self.args.should_save:
-                self.state.save_to_json(str(staging / name / "trainer_state.json"))
-                files.put_in_place(staging / name, output_dir / name)
-        # A full disk is an OSError to Python, an error of its own to safetensors, and a RuntimeError to torch.
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise OSError(
-                f"The checkpoint of step {self.state.global_step} could not be written to {output_dir}: {error}; "
-                "earlier checkpoints are whole: if the disk is full make room (`save_total_limit` keeps fewer), and "
-                "resume."
-            ) from error
-        finally:
-            self._staging = None
-            if self.args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(output_dir / name))
-        if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(output_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        if resume_from_checkpoint is not None:
-            engines.check_checkpoint(resume_from_checkpoint, self.accelerator)
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if resume_from_checkpoint is not None:
-            self._load_beside_weights(Path(resume_from_checkpoint))
-        return prepared
-
-    def _save_beside_weights(self, checkpoint: Path) -> None:
-        """What of a checkpoint is neither the policy nor its optimizer: a reference that moves, the moving average."""
-        if self.args.sync_ref_model and self.reference is not None:
-            weights = engines.whole(engines.own_tensors(self.reference.at_rest()), keep=self.args.should_save)
-            if self.args.should_save:
-                hub.save_weights(weights, checkpoint / hub.REFERENCE)
-        if self.ema is not None:
-            with self.ema.in_place_of_the_weights():
-                self._save(str(checkpoint / hub.EMA))
-
-    def _load_beside_weights(self, checkpoint: Path) -> None:
-        parts = {hub.REFERENCE: ("sync_ref_model", self.args.sync_ref_model), hub.EMA: ("ema_decay", bool(self.ema))}
-        for name, (option, wanted) in parts.items():
-            if (checkpoint / name).is_dir() != wanted:
-                raise ValueError(
-                    f"Found {'no' if wanted else 'a'} folder {name!r} in {checkpoint}, which goes with `{option}`: "
-                    "resume with the first run's value."
-                )
-        if self.args.sync_ref_model and self.reference is not None:
-            hub.load_weights(self.reference.at_rest(), checkpoint / hub.REFERENCE)
-        if self.ema is not None:
-            self.ema.load(checkpoint / hub.EMA)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As [`~transformers.Trainer.save_model`], in one way under every engine; `ema_export` saves the average."""
-        ema = self.ema if self.args.ema_export and self._staging is None else None
-        with nullcontext() if ema is None else ema.in_place_of_the_weights():
-            self._save(output_dir)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if engines.engine_of(self.accelerator) != "fsdp2":
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        # Trainer would write the weights a second time.
-        engines.save_optimizer(self.accelerator, self.optimizer, self.model, output_dir)
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        policy = engines.at_rest(self.model_wrapped, self.accelerator)
-        weights = engines.whole(hub.trained_tensors(policy), keep=self.args.should_save)  # by all ranks
-        if not self.args.should_save:
-            return
-        with files.written_whole(output_dir or self.args.output_dir) as staging:
-            hub.save_policy(policy, self.family, staging, weights)
-            hub.save_training_args(self.args, staging)
-            if self._staging is None and not is_peft_model(policy):
-                hub.save_frozen_parts(self.family, staging)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        policy = engines.at_rest(self.model_wrapped if model is None else model, self.accelerator)
-        hub.load_policy(policy, self.family, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None):
-        """Writes `README.md` of the output folder, and the pictures in it; see [`card.model_card`]."""
-        if self.is_world_process_zero():
-            os.makedirs(self.args.output_dir, exist_ok=True)
-            card.draw_pictures(self)
-            text = card.model_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags)
-            text.save(Path(self.args.output_dir) / "README.md")
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is not None:  # called by Trainer before the checkpoint is whole
-            return
-        if not self.is_world_process_zero() or self.args.hub_strategy == "end":
-            return
-        pushing = self.push_in_progress
-        running = pushing is not None and not pushing.is_done()
-        if running and not self.args.hub_always_push:
-            return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        jobs = hub.upload(hf_api(), self, Path(checkpoint_folder))
-        if pushing is not None and running:
-            pushing.jobs.extend(jobs)
-        else:
-            self.push_in_progress = PushInProgress(jobs)
