@@ -1,10 +1,13 @@
 """The bench: it times the real training and changes nothing of it. No test looks at how long something took."""
 
+import functools
 import json
+import multiprocessing
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import TrainerCallback
 
 from tests.methods import METHODS
 from tests.test_methods import ALL, BOTH, assert_close, losses, trained, trainer_of, weights
@@ -12,6 +15,7 @@ from trl_diffusion.bench import measure as bench
 from trl_diffusion.bench.estimate import published_models
 from trl_diffusion.bench.measure import PARTS, BareLoop, Stopwatch, as_text, measure, synthetic_data
 from trl_diffusion.bench.pipelines import published
+from trl_diffusion.bench.turns import Steps, compare, comparison_as_text, ratios
 from trl_diffusion.cli import main
 from trl_diffusion.families import family_of
 
@@ -116,6 +120,80 @@ def test_flops_are_those_of_the_step(tmp_path):
     assert result["flops"] == forward.get_total_flops() + both.get_total_flops() > 0
 
 
+class Noting(TrainerCallback):
+    """Appends to a file who makes a step."""
+
+    def __init__(self, name, file, fails_at=None):
+        self.name, self.file, self.fails_at = name, file, fails_at
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.fails_at:
+            raise RuntimeError(f"{self.name} makes no more steps")
+        with self.file.open("a") as notes:
+            notes.write(f"{self.name}{state.global_step} ")
+
+
+def noting(method, folder, fails_at=None, **options):
+    """A trainer that writes down its steps; made in a second process, too."""
+    callbacks = [Noting(method, folder / "notes", fails_at)]
+    return trainer_of(method, folder / method, callbacks=callbacks, report_to="none", **options)
+
+
+@pytest.mark.slow
+@BOTH
+def test_trainings_in_turns_are_the_trainings(tmp_path, peft_config):
+    """To the last bit those that are alone, though they differ in what a step is."""
+    options = {"max_steps": 3, "peft_config": peft_config}
+    alone = trained("dpo", tmp_path / "alone", report_to="none", **options)
+    this = noting("dpo", tmp_path, **options)
+    other = functools.partial(noting, "rpo", tmp_path, gradient_accumulation_steps=2, **options)
+    result = compare(this, other, warmup=1)
+    assert (tmp_path / "notes").read_text() == "dpo0 rpo0 dpo1 rpo1 dpo2 rpo2 "
+    assert losses(this) == losses(alone)
+    assert all(torch.equal(weights(this)[name], weight) for name, weight in weights(alone).items())
+    assert result["this"]["method"] == "Diffusion-DPO"
+    assert result["against"]["method"] == "Diffusion-RPO"
+    assert result["against"]["images_per_step"] == 2 * result["this"]["images_per_step"]
+    assert result["ratio"] > 0
+    assert result["loss_difference"] is None
+
+
+@pytest.mark.slow
+def test_an_error_of_the_other_is_told(tmp_path):
+    this = noting("sft", tmp_path, max_steps=9)
+    other = functools.partial(noting, "dpo", tmp_path, fails_at=2, max_steps=9)
+    with pytest.raises(RuntimeError, match=r"(?s)compared with broke off.*Traceback.*dpo makes no more steps"):
+        compare(this, other, warmup=1)
+    assert (tmp_path / "notes").read_text() == "sft0 dpo0 sft1 dpo1 sft2 "
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_an_error_ends_the_other_too(tmp_path):
+    this = noting("sft", tmp_path, fails_at=1, max_steps=9)
+    with pytest.raises(RuntimeError, match="sft makes no more steps"):
+        compare(this, functools.partial(noting, "dpo", tmp_path, max_steps=9), warmup=1)
+    assert (tmp_path / "notes").read_text() == "sft0 dpo0 "
+    assert not multiprocessing.active_children()
+
+
+def test_ratio_of_neighbours(tmp_path):
+    """Three times as fast for as many images, whatever the machine does meanwhile; twice the images count for it."""
+    trainer = trainer_of("sft", tmp_path, report_to="none")
+    numbers = bench.summary(trainer, 3.0)
+    assert numbers["images_per_second"] == pytest.approx(4 / 3)
+    this = Steps(numbers, [1.0, 3.0, 2.0], [0.5, 0.25])
+    result = ratios(this, Steps(numbers, [3.0, 9.0, 7.0], [0.5, 0.5]))
+    assert (result["ratio"], result["loss_difference"]) == (3, 0.25)
+    text = comparison_as_text(result, "--dataloader_num_workers 1")
+    assert "images/s, this / against  3.000\nlosses differ by at most  0.25" in text
+    assert "torch " + torch.__version__ + "; --dataloader_num_workers 1\n" in text
+
+    accumulated = ratios(this, Steps(numbers | {"images_per_step": 8}, [3.0, 9.0, 7.0], [0.5, 0.5, 0.5, 0.5]))
+    assert (accumulated["ratio"], accumulated["loss_difference"]) == (1.5, None)
+    assert "losses" not in comparison_as_text(accumulated, "--gradient_accumulation_steps 2")
+
+
 def test_mfu():
     result = {
         **{"method": "Diffusion-DPO", "model": "UNet", "parameters": 2e6, "trainable_parameters": 1e6},
@@ -153,6 +231,19 @@ def test_command(sd_folder, tmp_path, capsys):
     assert result["images_per_step"] == 4
 
 
+@pytest.mark.slow
+def test_command_against(sd_folder, tmp_path, capsys):
+    file = tmp_path / "numbers.json"
+    command = f"bench --method dpo --model_name_or_path {sd_folder} --bench_steps 2 --bench_warmup 1 --use_cpu "
+    command += f"--per_device_train_batch_size 2 --json_file {file} --against"
+    main([*command.split(), "--method kto --per_device_train_batch_size 4"])
+    printed, result = capsys.readouterr().out, json.loads(file.read_text())
+    assert "this:    Diffusion-DPO on a UNet2DConditionModel of" in printed
+    assert "against: Diffusion-KTO on a UNet2DConditionModel of" in printed
+    assert f"images/s, this / against  {result['ratio']:.3f}" in printed
+    assert result["this"]["images_per_step"] == result["against"]["images_per_step"] == 4
+
+
 def test_command_with_random_weights(monkeypatch, capsys):
     """The pipeline that is named, in its true class; here a tiny one stands for it."""
     from tests.tiny import tiny_stable_diffusion
@@ -170,3 +261,5 @@ def test_bad_options(sd_folder):
         main(f"bench --model_name_or_path {sd_folder} --max_steps 5 --use_cpu".split())
     with pytest.raises(ValueError, match=r"Found bench_steps=0 and bench_warmup=2, expected at least 1\."):
         main("bench --bench_steps 0".split())
+    with pytest.raises(ValueError, match="Found max_steps=5, expected none"):
+        main(["bench", "--model_name_or_path", str(sd_folder), "--use_cpu", "--against", "--max_steps 5"])

@@ -253,24 +253,10 @@ def measure(trainer, warmup: int, steps: int, bare: bool = True) -> dict[str, An
     clock = Clock(trainer, warmup, steps, bare)
     trainer.add_callback(clock)
     trainer.train()
-    images = trainer.examples_per_step * len(trainer.image_columns)
-    seconds = statistics.median(clock.step_seconds)
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in trainer.model.parameters() if not p.requires_grad)
-    result = {
-        "method": trainer._name,
-        "model": trainer.family.denoiser_class,
-        "parameters": frozen if is_peft_model(trainer.model) else frozen + trained,
-        "trainable_parameters": trained,
-        "resolution": ", ".join(map(show_size, trainer.image_sizes)),
-        "images_per_step": images,
-        "step_seconds": seconds,
-        "images_per_second": images / seconds,
+    result = summary(trainer, statistics.median(clock.step_seconds)) | {
         "part_seconds": {name: total / steps for name, total in clock.stopwatch.seconds.items()},
         "peak_memory": clock.memory,
         "flops": clock.flops,
-        "hardware": hardware(),
-        "torch": torch.__version__,
     }
     if bare:
         ratios = [a / b for a, b in zip(clock.step_seconds, clock.bare_seconds, strict=True)]
@@ -281,6 +267,25 @@ def measure(trainer, warmup: int, steps: int, bare: bool = True) -> dict[str, An
     return result
 
 
+def summary(trainer, step_seconds: float) -> dict[str, Any]:
+    """What is trained, where, and how fast, for a duration of one step."""
+    images = trainer.examples_per_step * len(trainer.image_columns)
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in trainer.model.parameters() if not p.requires_grad)
+    return {
+        "method": trainer._name,
+        "model": trainer.family.denoiser_class,
+        "parameters": frozen if is_peft_model(trainer.model) else frozen + trained,
+        "trainable_parameters": trained,
+        "resolution": ", ".join(map(show_size, trainer.image_sizes)),
+        "images_per_step": images,
+        "step_seconds": step_seconds,
+        "images_per_second": images / step_seconds,
+        "hardware": hardware(),
+        "torch": torch.__version__,
+    }
+
+
 def hardware() -> str:
     """The accelerator's name, or the processor's with the number of threads."""
     if torch.cuda.is_available():
@@ -288,12 +293,19 @@ def hardware() -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
 
 
+def heading(result: dict[str, Any]) -> str:
+    """The first line of what is printed of a [`summary`]."""
+    return (
+        f"{result['method']} on a {result['model']} of {result['parameters'] / 1e6:.1f} M parameters, "
+        f"{result['trainable_parameters'] / 1e6:.2f} M of them trained, {result['resolution']} px, "
+        f"{result['images_per_step']} images a step; {result['hardware']}, torch {result['torch']}"
+    )
+
+
 def as_text(result: dict[str, Any], peak_tflops: float | None = None) -> str:
     """What `trl-diffusion bench` prints."""
     lines = [
-        f"{result['method']} on a {result['model']} of {result['parameters'] / 1e6:.1f} M parameters, "
-        f"{result['trainable_parameters'] / 1e6:.2f} M of them trained, {result['resolution']} px, "
-        f"{result['images_per_step']} images a step; {result['hardware']}, torch {result['torch']}",
+        heading(result),
         f"images/s        {result['images_per_second']:10.2f}",
         f"step            {1e3 * result['step_seconds']:10.1f} ms",
     ]

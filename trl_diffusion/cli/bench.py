@@ -1,7 +1,9 @@
 """`trl-diffusion bench`."""
 
 import argparse
+import functools
 import json
+import shlex
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ import trl_diffusion
 from ..bench.estimate import as_markdown, estimate, published_models
 from ..bench.measure import as_text, measure, synthetic_data
 from ..bench.pipelines import RANDOM, random_pipeline
+from ..bench.turns import compare, comparison_as_text
 from ..families import family_of, load_pipeline
 from .arguments import ModelArguments
 
@@ -36,6 +39,10 @@ class BenchArguments:
             Steps before them.
         bare_loop (`bool`, *optional*, defaults to `True`):
             Whether to compare with the bare loop, which takes a copy of the weights.
+        against (`str`, *optional*):
+            Other options, in one string, e.g. `"--cache_features false"`: the same command with these behind it makes
+            its steps in turns with this one. Prints the ratio of their images per second and the largest difference
+            of their losses, in the place of parts and bare loop.
         peak_tflops (`float`, *optional*):
             What the accelerator can do at best, in TFLOP/s, to print the model FLOPs utilisation.
         json_file (`str`, *optional*):
@@ -46,6 +53,9 @@ class BenchArguments:
     bench_steps: int = field(default=10, metadata={"help": "Steps to measure, and then as many in parts."})
     bench_warmup: int = field(default=2, metadata={"help": "Steps before them."})
     bare_loop: bool = field(default=True, metadata={"help": "Whether to compare with the bare loop."})
+    against: str | None = field(
+        default=None, metadata={"help": "Other options in one string: the same command with them takes turns with it."}
+    )
     peak_tflops: float | None = field(default=None, metadata={"help": "The accelerator's peak, in TFLOP/s, for MFU."})
     json_file: str | None = field(default=None, metadata={"help": "Where to write the numbers."})
 
@@ -76,27 +86,38 @@ def run(argv: list[str]) -> None:
 
 def run_measure(argv: list[str]) -> None:
     """Trains for some steps on pictures without a subject, and prints where the time goes."""
-    choice = argparse.ArgumentParser(add_help=False)
-    choice.add_argument("--method", choices=METHODS, default="kto")
-    name = METHODS[choice.parse_known_args(argv)[0].method]
-    config_class, trainer_class = getattr(trl_diffusion, f"{name}Config"), getattr(trl_diffusion, f"{name}Trainer")
-    parser = TrlParser((BenchArguments, config_class, BenchModelArguments), prog="trl-diffusion bench")
     with tempfile.TemporaryDirectory() as folder:
-        parser.set_defaults(output_dir=folder, report_to="none", save_strategy="no", disable_tqdm=True)
-        options, config, model = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
-        result = measure_training(trainer_class, options, config, model)
-    print(as_text(result, options.peak_tflops))
+        options, *_ = parse_options(argv, folder)
+        warmup, steps = options.bench_warmup, options.bench_steps
+        result: dict[str, Any]
+        if options.against is None:
+            # In parts as many more, and one while FLOPs are counted.
+            result = measure(make_trainer(argv, folder, warmup + 2 * steps + 1), warmup, steps, options.bare_loop)
+            text = as_text(result, options.peak_tflops)
+        else:
+            others = [*argv, *shlex.split(options.against)]
+            parse_options(others, folder)
+            make_other = functools.partial(make_trainer, others, f"{folder}/against", warmup + steps)
+            result = compare(make_trainer(argv, folder, warmup + steps), make_other, warmup)
+            text = comparison_as_text(result, options.against)
+    print(text)
     if options.json_file is not None:
         Path(options.json_file).write_text(json.dumps(result, indent=2) + "\n")
 
 
-def measure_training(trainer_class, options: BenchArguments, config, model: BenchModelArguments) -> dict[str, Any]:
+def parse_options(argv: list[str], folder: str) -> tuple[BenchArguments, Any, BenchModelArguments]:
     """
-    The numbers of [`~bench.measure.measure`] for a command line.
+    What a command line says of the measurement, of the training and of the model.
 
     Raises:
         `ValueError`: with more than one process, or a length of its own.
     """
+    choice = argparse.ArgumentParser(add_help=False)
+    choice.add_argument("--method", choices=METHODS, default="kto")
+    config_class = getattr(trl_diffusion, f"{METHODS[choice.parse_known_args(argv)[0].method]}Config")
+    parser = TrlParser((BenchArguments, config_class, BenchModelArguments), prog="trl-diffusion bench")
+    parser.set_defaults(output_dir=folder, report_to="none", save_strategy="no", disable_tqdm=True)
+    options, config, model = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
     if config.max_steps != -1:
         raise ValueError(
             f"Found max_steps={config.max_steps}, expected none: `bench_warmup` and `bench_steps` say how many steps "
@@ -106,6 +127,13 @@ def measure_training(trainer_class, options: BenchArguments, config, model: Benc
         raise ValueError(
             f"Found {config.world_size} processes, and one is measured: start `trl-diffusion bench` alone."
         )
+    return options, config, model
+
+
+def make_trainer(argv: list[str], folder: str, max_steps: int):
+    """The trainer of a command line, on pictures without a subject."""
+    options, config, model = parse_options(argv, folder)
+    trainer_class = getattr(trl_diffusion, f"{METHODS[options.method]}Trainer")
     pipeline: Any = model.model_name_or_path
     if pipeline in RANDOM:
         pipeline = random_pipeline(pipeline).to(dtype=getattr(torch, model.dtype))
@@ -115,14 +143,13 @@ def measure_training(trainer_class, options: BenchArguments, config, model: Benc
         config.model_init_kwargs = None
     side = config.resolution if isinstance(config.resolution, int) else family_of(pipeline).default_resolution()
     rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    config.max_steps = options.bench_warmup + 2 * options.bench_steps + 1
-    trainer = trainer_class(
+    config.max_steps = max_steps
+    return trainer_class(
         model=pipeline,
         args=config,
-        train_dataset=synthetic_data(rows_per_step * min(config.max_steps, 8), side, trainer_class),
+        train_dataset=synthetic_data(rows_per_step * min(max_steps, 8), side, trainer_class),
         peft_config=model.peft_config(),
     )
-    return measure(trainer, options.bench_warmup, options.bench_steps, options.bare_loop)
 
 
 def make_estimate_parser() -> argparse.ArgumentParser:
