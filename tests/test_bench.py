@@ -3,6 +3,8 @@
 import functools
 import json
 import multiprocessing
+import os
+import signal
 
 import pytest
 import torch
@@ -177,6 +179,16 @@ def test_an_error_ends_the_other_too(tmp_path):
     assert not multiprocessing.active_children()
 
 
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_the_other_is_killed(tmp_path):
+    with pytest.raises(RuntimeError, match="compared with was killed"):
+        compare(trainer_of("sft", tmp_path), killed, warmup=1)
+
+
 def test_ratio_of_neighbours(tmp_path):
     """Three times as fast for as many images, whatever the machine does meanwhile; twice the images count for it."""
     trainer = trainer_of("sft", tmp_path, report_to="none")
@@ -263,3 +275,7 @@ def test_bad_options(sd_folder):
         main("bench --bench_steps 0".split())
     with pytest.raises(ValueError, match="Found max_steps=5, expected none"):
         main(["bench", "--model_name_or_path", str(sd_folder), "--use_cpu", "--against", "--max_steps 5"])
+    with pytest.raises(ValueError, match=r"Found options of the measurement in `against='--bench_steps 5'`, which is"):
+        main(["bench", "--model_name_or_path", str(sd_folder), "--use_cpu", "--against", "--bench_steps 5"])
+    with pytest.raises(ValueError, match="Found `peak_tflops` with `against`, which counts no FLOPs: drop one"):
+        main(["bench", "--use_cpu", "--peak_tflops", "1", "--against", "--bf16 true"])

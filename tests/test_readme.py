@@ -135,7 +135,7 @@ def test_commands_are_understood(page, workplace, monkeypatch):
 
     for module, name in (
         (training, "launch_command"),
-        (bench, "measure_training"),
+        (bench, "make_trainer"),
         (bench, "estimate"),
         (beta, "first_rows"),
     ):

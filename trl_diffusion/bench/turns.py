@@ -69,14 +69,17 @@ def _other(make_trainer: Callable[[], Any], warmup: int, connection: Connection)
         trainer = make_trainer()
         give_turn()
         connection.send(_train(trainer, give_turn, warmup))
-    except EOFError:  # the first process is gone
+    except (EOFError, BrokenPipeError):  # the first process is gone
         return
     except Exception:
         connection.send(traceback.format_exc())
 
 
 def _received(connection: Connection) -> Any:
-    message = connection.recv()
+    try:
+        message = connection.recv()
+    except EOFError:
+        raise RuntimeError("The training that this one is compared with was killed, for its memory perhaps.") from None
     if isinstance(message, str):
         raise RuntimeError(f"The training that this one is compared with broke off:\n{message}")
     return message
@@ -98,7 +101,7 @@ def compare(trainer, make_other: Callable[[], Any], warmup: int) -> dict[str, An
         largest between the losses of the same micro-batch, None where their numbers differ.
 
     Raises:
-        `RuntimeError`: with the traceback of the other, if it breaks off.
+        `RuntimeError`: with the traceback of the other, if it breaks off; if it is killed.
     """
     spawn = multiprocessing.get_context("spawn")
     connection, far_end = spawn.Pipe()

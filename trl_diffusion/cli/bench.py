@@ -5,7 +5,7 @@ import functools
 import json
 import shlex
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,6 +64,8 @@ class BenchArguments:
             raise ValueError(
                 f"Found bench_steps={self.bench_steps} and bench_warmup={self.bench_warmup}, expected at least 1."
             )
+        if self.against is not None and self.peak_tflops is not None:
+            raise ValueError("Found `peak_tflops` with `against`, which counts no FLOPs: drop one of them.")
 
 
 @dataclass
@@ -96,7 +98,11 @@ def run_measure(argv: list[str]) -> None:
             text = as_text(result, options.peak_tflops)
         else:
             others = [*argv, *shlex.split(options.against)]
-            parse_options(others, folder)
+            if replace(parse_options(others, folder)[0], method=options.method) != options:
+                raise ValueError(
+                    f"Found options of the measurement in `against={options.against!r}`, which is one for both "
+                    "trainings: give them outside of it."
+                )
             make_other = functools.partial(make_trainer, others, f"{folder}/against", warmup + steps)
             result = compare(make_trainer(argv, folder, warmup + steps), make_other, warmup)
             text = comparison_as_text(result, options.against)
