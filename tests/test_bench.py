@@ -156,7 +156,6 @@ def test_trainings_in_turns_are_the_trainings(tmp_path, peft_config):
     assert result["this"]["method"] == "Diffusion-DPO"
     assert result["against"]["method"] == "Diffusion-RPO"
     assert result["against"]["images_per_step"] == 2 * result["this"]["images_per_step"]
-    assert result["ratio"] > 0
     assert result["loss_difference"] is None
 
 

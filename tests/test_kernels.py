@@ -101,6 +101,9 @@ def test_known_modules_answer_as_a_search_would():
         assert same_objects(policy.parameters(), torch.nn.Module.parameters(policy))
         assert same_objects(policy.parameters(recurse=False), [policy.own])
         policy.blocks[0].bias = torch.nn.Parameter(torch.zeros(2))  # as an engine does, which cuts it up
+        policy.blocks[2]._parameters = dict(policy.blocks[2]._parameters)
+        policy.blocks[2].weight = torch.nn.Parameter(torch.ones(2, 2))
+        assert len(list(policy.parameters())) == 4
         assert same_objects(policy.parameters(), torch.nn.Module.parameters(policy))
         policy.blocks[1].eval()  # somebody else's doing, in the midst of a training
         assert policy.train() is policy
@@ -109,7 +112,7 @@ def test_known_modules_answer_as_a_search_would():
         for parameter in policy.parameters():
             parameter.grad = torch.ones_like(parameter)
         policy.zero_grad()
-        assert [parameter.grad for parameter in policy.parameters()] == [None, None, None]
+        assert [parameter.grad for parameter in policy.parameters()] == 4 * [None]
     assert not {"train", "parameters"} & set(vars(policy))
 
 

@@ -143,10 +143,10 @@ def modules_known(policy: torch.nn.Module) -> Iterator[None]:
 
     `Trainer` and accelerate call them several times a step, and torch looks for all modules in each call: with an
     adapter on a small model that took an eighth of the step. Modules must not be added within; parameters may be
-    replaced, as FSDP2 does.
+    replaced, as FSDP2 does, and what holds them, as ZeRO-3 does.
     """
     modules = tuple(policy.modules())
-    by_name = [module._parameters for module in modules if module._parameters]
+    with_parameters = [module for module in modules if module._parameters]
     mode_of = operator.attrgetter("training")
 
     # `self` is another than `policy` in a deep copy, which does as it always would.
@@ -159,7 +159,7 @@ def modules_known(policy: torch.nn.Module) -> Iterator[None]:
         if self is not policy or not recurse:
             return type(self).parameters(self, recurse)
         # One that modules share comes once.
-        found = {id(p): p for own in by_name for p in own.values() if p is not None}
+        found = {id(p): p for module in with_parameters for p in module._parameters.values() if p is not None}
         return iter(found.values())
 
     methods = {"train": types.MethodType(train, policy), "parameters": types.MethodType(parameters, policy)}
