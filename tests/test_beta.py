@@ -107,12 +107,13 @@ def test_calibration_refuses(tmp_path, method, options, words):
         (1000, "diffusion_kto", "kto", 1000),
         (5000, "diffusion_kto", "dpo", 10000),
         (100, "flow_dpo", "dpo", 100),
-        (0.1, "sum", "kto", 1638.4),
-        (1638.4, "kto", "sum", 0.1),
+        (0.1, "simpletuner", "kto", 819.2),
+        (0.1, "simpletuner", "dpo", 1638.4),
+        (1638.4, "dpo", "simpletuner", 0.1),
     ],
 )
 def test_conversion(beta, source, target, expected):
-    elements = 4 * 64 * 64 if "sum" in (source, target) else None
+    elements = 4 * 64 * 64 if "simpletuner" in (source, target) else None
     assert convert_beta(beta, source, target, latent_elements=elements) == pytest.approx(expected)
 
 
@@ -130,14 +131,39 @@ def test_conversion_keeps_the_loss():
     torch.testing.assert_close(kto, 1 - torch.sigmoid(2500 * chosen * torch.tensor([1.0, -1.0])))
 
 
+def test_conversion_keeps_the_loss_of_sums():
+    """SimpleTuner's loss written out: half of beta times a difference of squared errors summed over a latent image."""
+    from trl_diffusion.losses import dpo_loss
+
+    generator = torch.Generator().manual_seed(0)
+    errors = [torch.rand(3, 4, 8, 8, generator=generator) * 1e-3 for _ in range(4)]
+    chosen, ref_chosen, rejected, ref_rejected = (error.flatten(1).sum(1) for error in errors)
+    theirs = -torch.nn.functional.logsigmoid(0.5 * 2.0 * ((ref_chosen - chosen) - (ref_rejected - rejected)))
+    chosen, ref_chosen, rejected, ref_rejected = (error.flatten(1).mean(1) for error in errors)
+    beta = convert_beta(2.0, "simpletuner", "dpo", latent_elements=4 * 8 * 8)
+    torch.testing.assert_close(dpo_loss(ref_chosen - chosen, ref_rejected - rejected, beta=beta), theirs)
+
+
+def test_the_same_place_in_the_sigmoid_is_not_the_same_slope():
+    """What the docstring says of KTO: half of DPO's slope at the start."""
+    from trl_diffusion.losses import dpo_loss, kto_loss
+
+    margin, ratio = (torch.zeros(1, requires_grad=True) for _ in range(2))
+    dpo_loss(margin, torch.zeros(1), beta=5000).sum().backward()
+    beta = convert_beta(5000, "dpo", "kto")
+    kto_loss(ratio, torch.tensor([True]), beta=beta, reference_point=0.0).sum().backward()
+    assert (margin.grad.item(), ratio.grad.item()) == (-1250, -625)
+
+
 @pytest.mark.parametrize(
     ("arguments", "elements", "words"),
     [
         ((1.0, "dpo", "bpo"), None, r"Found no code base 'bpo', expected one of \['diffusers_sd'"),
         ((0.0, "dpo", "kto"), None, r"positive and finite, found 0.0"),
-        ((1.0, "sum", "kto"), None, r"expected it with 'sum' and only there"),
+        ((1.0, "sum", "kto"), 16, r"Found no code base 'sum'"),
+        ((1.0, "simpletuner", "kto"), None, r"expected it with one of \['simpletuner'\] and only there"),
         ((1.0, "dpo", "kto"), 16, r"Found latent_elements=16 from 'dpo' to 'kto'"),
-        ((1.0, "sum", "kto"), 0, r"at least 1, found 0"),
+        ((1.0, "simpletuner", "kto"), 0, r"at least 1, found 0"),
     ],
 )
 def test_conversion_refuses(arguments, elements, words):

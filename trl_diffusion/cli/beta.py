@@ -62,10 +62,11 @@ def make_parser() -> argparse.ArgumentParser:
         choices=sorted(FACTORS),
         required=True,
         help="the Diffusion-DPO authors' code; diffusers' example script for SD or SDXL; the Diffusion-KTO authors; "
-        "DPO in the code bases for flow models; `sum`: a code that sums squared errors over the latent dimensions, as "
-        "SimpleTuner does, without a factor 1/2; or a trainer here",
+        "DPO in the code bases for flow models; SimpleTuner's `flow_dpo` with `auto_beta=False`; or a trainer here",
     )
-    convert.add_argument("--latent_elements", type=int, help="for `sum`: channels x height x width of a latent image")
+    convert.add_argument(
+        "--latent_elements", type=int, help="for `simpletuner`: channels x height x width of a latent image"
+    )
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Which beta? What a few unbraked steps do to the log-ratios, and what other code bases mean by their numbers."""
+"""Which beta? How far a few steps without saturation move the log-ratios, and what other code bases mean by theirs."""
 
 import math
 from collections.abc import Callable
@@ -17,49 +17,55 @@ FACTORS = {
     "diffusers_sdxl": 0.5,
     "diffusion_kto": 1.0,
     "flow_dpo": 0.5,
-    "sum": 1.0,
+    "simpletuner": 0.5,
     "dpo": 0.5,
     "rpo": 0.5,
     "kto": 1.0,
 }
-"""The factor between a `beta` and the mean squared error inside the sigmoid: of the Diffusion-DPO authors' code, of
-diffusers' two example scripts, of the Diffusion-KTO authors' code and paper, of the DPO in the code bases of the GRPO
-family for flow models, of a code that sums over the latent dimensions without a factor 1/2, and of the trainers
-here."""
+"""The factor between a `beta` and the squared errors inside the sigmoid: the Diffusion-DPO authors' code, diffusers' two
+example scripts, the Diffusion-KTO authors' code and paper, DPO in the code bases of the GRPO family for flow models,
+SimpleTuner's `flow_dpo`, and the trainers here. SimpleTuner sums the squared errors over the latent dimensions; all
+others take their mean."""
+SUMS = ("simpletuner",)
 
 
 def convert_beta(beta: float, source: str, target: str, *, latent_elements: int | None = None) -> float:
     """
-    The `beta` that is as strong in another code base: the same slope and the same brake for the same errors.
+    The `beta` with which another code base has the same number inside the sigmoid for the same errors.
+
+    The sigmoid then saturates at the same log-ratios. The slope of the loss is the same between methods with the same
+    loss; KTO's `1 - sigmoid(x)` starts with half the slope of DPO's `-log sigmoid(x)` at the same `x`.
 
     Args:
         beta (`float`): The number there.
-        source (`str`): Where it is from, one of [`FACTORS`].
-        target (`str`): Where it is to be used, likewise.
+        source (`str`): The code base it comes from, one of [`FACTORS`].
+        target (`str`): The code base where it will be used, likewise.
         latent_elements (`int`, *optional*):
-            Channels x height x width of a latent image; for `"sum"` only, whose errors are sums and not means.
+            Channels x height x width of a latent image; for `"simpletuner"` only, which sums where others average.
+            SimpleTuner's number is fixed with `auto_beta=False` only, which is not its default.
 
     Returns:
         `float`.
 
     Raises:
-        `ValueError`: if a name is unknown, `beta` is not positive, or `latent_elements` is missing or of no use.
+        `ValueError`: if a name is unknown, `beta` is not positive, or `latent_elements` is missing or has no use.
     """
     for name in (source, target):
         if name not in FACTORS:
             raise ValueError(f"Found no code base {name!r}, expected one of {sorted(FACTORS)}.")
     if not 0 < beta < math.inf:
         raise ValueError(f"`beta` must be positive and finite, found {beta}.")
-    if ("sum" in (source, target)) != (latent_elements is not None):
+    sums = [name for name in (source, target) if name in SUMS]
+    if bool(sums) != (latent_elements is not None):
         raise ValueError(
-            f"Found latent_elements={latent_elements} from {source!r} to {target!r}, expected it with 'sum' and only "
-            "there: 4 x 64 x 64 = 16384 for SD 1.5 at 512 pixels."
+            f"Found latent_elements={latent_elements} from {source!r} to {target!r}, expected it with one of "
+            f"{list(SUMS)} and only there: 4 x 64 x 64 = 16384 for SD 1.5 at 512 pixels."
         )
     if latent_elements is not None and latent_elements < 1:
         raise ValueError(f"`latent_elements` must be at least 1, found {latent_elements}.")
 
     def strength(name: str) -> float:
-        return FACTORS[name] * (latent_elements or 1 if name == "sum" else 1)
+        return FACTORS[name] * (latent_elements or 1 if name in SUMS else 1)
 
     return beta * strength(source) / strength(target)
 
@@ -83,13 +89,16 @@ class Calibration(NamedTuple):
 
 def calibrate_beta(trainer, *, gradient_factor: float = 0.5, betas: tuple[float, ...] = ()) -> Calibration:
     """
-    Trains `trainer.args.max_steps` steps in the linear zone of the loss, and finds the beta that would by then have
-    flattened it to a given share of its slope.
+    Trains `trainer.args.max_steps` steps in the linear zone of the loss, and finds the beta whose loss would by then have
+    a given share of its first slope.
 
-    The steps are the trainer's own, at a `beta` of 1: there the loss does not brake, and the steps of Adam, which do
-    not depend on the scale of the loss, are those that any larger beta would take until it brakes. The log-ratios are
-    those of `trainer.predict` on the training data with the fixed noise of evaluation, and the gradient factors are
-    the metric `health/gradient_factor` that the trainer computes from them.
+    The steps are the trainer's own at a `beta` of 1, where the sigmoid does not saturate. Adam divides a gradient by its
+    size, so that larger betas take nearly the same steps until they saturate. Nearly: gradient clipping
+    (`max_grad_norm`) and Adam's `eps` see the scale of the loss. Ten steps of DPO on examples/emoji moved the log-ratios
+    by 0.213 (root mean square), and by 0.205 with the loss multiplied by 200. Take the result as an estimate.
+
+    The log-ratios are those of `trainer.predict` on the training data with the fixed noise of evaluation, and the
+    gradient factors are the metric `health/gradient_factor` that the trainer computes from them.
 
     Args:
         trainer ([`DiffusionTrainer`]):
