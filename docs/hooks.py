@@ -1,7 +1,8 @@
 """
 What the site is made of beside the files of this folder (`hooks` of mkdocs.yml).
 
-Pages from elsewhere in the repository are shown as they are, README.md as the first of them. Links in all pages are
+Pages from elsewhere in the repository are shown as they are, README.md as the first of them, and each recipe has a page that
+shows its file. Links in all pages are
 those of the repository, so that they work there too, and are turned into links of the site. `<!-- options: Class -->`
 becomes the table of the options that a class adds to its parents.
 """
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 MOVED = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
 FENCED = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[([^\]]*)\]\((?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?\)")
+RECIPE = re.compile(r"^(examples/recipes/\w+)\.yaml$")
 OPTIONS = re.compile(r"^<!-- options: (\w+) -->$", re.MULTILINE)
 
 
@@ -25,8 +27,8 @@ OPTIONS = re.compile(r"^<!-- options: (\w+) -->$", re.MULTILINE)
 
 
 def place_on_site(path: str) -> str:
-    """Where a file of the repository stands on the site, both relative."""
-    return MOVED.get(path) or path.removeprefix("docs/")
+    """The page or file of the site that shows a file of the repository, both relative."""
+    return MOVED.get(path) or RECIPE.sub(r"\1.md", path).removeprefix("docs/")
 
 
 def place_in_repository(path: str) -> str:
@@ -36,9 +38,12 @@ def place_in_repository(path: str) -> str:
 
 
 def on_files(files, config):
-    examples = [path for kind in ("md", "png") for path in (ROOT / "examples").rglob(f"*.{kind}")]
+    examples = [path for kind in ("md", "png", "ipynb") for path in (ROOT / "examples").rglob(f"*.{kind}")]
     for path in (*MOVED, *sorted(path.relative_to(ROOT).as_posix() for path in examples)):
         files.append(File.generated(config, place_on_site(path), abs_src_path=str(ROOT / path)))
+    for recipe in sorted((ROOT / "examples" / "recipes").glob("*.yaml")):
+        page = f"# {recipe.stem}\n\n```yaml\n{recipe.read_text()}```\n"
+        files.append(File.generated(config, place_on_site(recipe.relative_to(ROOT).as_posix()), content=page))
     return files
 
 
@@ -46,7 +51,7 @@ def on_page_markdown(markdown, page, config, files):
     page_folder = posixpath.dirname(page.file.src_uri)
     folder = posixpath.dirname(place_in_repository(page.file.src_uri))
 
-    def mended(link: re.Match) -> str:
+    def on_site(link: re.Match) -> str:
         label, target, anchor = link[1], posixpath.normpath(posixpath.join(folder, link[2])), link[3] or ""
         place = place_on_site(target)
         if files.get_file_from_path(place) is not None:
@@ -56,7 +61,7 @@ def on_page_markdown(markdown, page, config, files):
 
     markdown = OPTIONS.sub(lambda found: options_table(found[1]), markdown)
     parts = FENCED.split(markdown)
-    parts[::2] = [LINK.sub(mended, text) for text in parts[::2]]
+    parts[::2] = [LINK.sub(on_site, text) for text in parts[::2]]
     return "".join(parts)
 
 

@@ -1,8 +1,10 @@
 """The site: built without a warning, complete, and without anything from elsewhere."""
 
 import dataclasses
+import posixpath
 import re
 import sys
+from html import unescape
 from importlib import import_module
 from pathlib import Path
 
@@ -28,10 +30,16 @@ OPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """Page -> HTML. The build ends with an error where mkdocs or a plugin would warn."""
+def folder(tmp_path_factory):
+    """The site as it is built, with an error where mkdocs or a plugin would warn."""
     folder = tmp_path_factory.mktemp("site")
     build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(folder):
+    """Page -> HTML."""
     return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.html")}
 
 
@@ -60,6 +68,35 @@ def test_every_public_name_is_in_the_reference(site):
     public |= {name for name in vars(losses) if name.endswith("_loss")}
     public |= {name for name in rewards.__all__ if name not in ("SCORERS", "Scorer", "scorer_names")}
     assert public <= ids
+
+
+def test_no_link_is_dead(site, folder):
+    """Links to files, and to anchors within pages; 404.html has the absolute links of a server."""
+    for page, html in site.items():
+        for link in re.findall(r"<(?:a|img)\b[^>]*?\b(?:href|src)=\"([^\"]+)\"", html):
+            if page == "404.html" or re.match(r"\w+:", link):
+                continue
+            path, _, anchor = link.partition("#")
+            target = posixpath.normpath(posixpath.join(posixpath.dirname(page), path)) if path else page
+            assert target in site or (not anchor and (folder / target).is_file()), f"{page}: {link}"
+            assert not anchor or re.search(rf"\bid=\"{re.escape(anchor)}\"", site[target]), f"{page}: {link}"
+
+
+def test_pages_that_files_cite_exist():
+    folders = [ROOT / name for name in ("trl_diffusion", "examples", "tests", "docs")]
+    files = [
+        path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".yaml", ".md", ".ipynb")
+    ]
+    for path in files:
+        for cited in re.findall(r"\bdocs/[\w/-]+\.md\b", path.read_text()):
+            assert (ROOT / cited).is_file(), f"{path.relative_to(ROOT)} cites {cited}"
+
+
+def test_every_recipe_is_shown(site):
+    for recipe in (ROOT / "examples" / "recipes").glob("*.yaml"):
+        assert f'href="recipes/{recipe.stem}.html"' in site["examples/index.html"]
+        text = re.sub(r"<[^>]+>", "", site[f"examples/recipes/{recipe.stem}.html"])
+        assert recipe.read_text().splitlines()[0] in unescape(text)
 
 
 def test_docstrings_are_lists_and_links(site):
