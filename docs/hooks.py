@@ -1,9 +1,9 @@
 """
 What the site is made of beside the files of this folder (`hooks` of mkdocs.yml).
 
-Pages from elsewhere in the repository are shown as they are, README.md as the first of them, and each recipe has a page that
-shows its file. Links in all pages are
-those of the repository, so that they work there too, and are turned into links of the site. `<!-- options: Class -->`
+Pages from elsewhere in the repository are shown as they are, README.md as the first of them, and each recipe has a
+page that shows its file. Links in all pages are those of the repository, so that they work there too, and are turned
+into links of the site. `<!-- options: Class -->`
 becomes the table of the options that a class adds to its parents.
 """
 

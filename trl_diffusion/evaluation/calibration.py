@@ -22,10 +22,10 @@ FACTORS = {
     "rpo": 0.5,
     "kto": 1.0,
 }
-"""The factor between a `beta` and the squared errors inside the sigmoid: the Diffusion-DPO authors' code, diffusers' two
-example scripts, the Diffusion-KTO authors' code and paper, DPO in the code bases of the GRPO family for flow models,
-SimpleTuner's `flow_dpo`, and the trainers here. SimpleTuner sums the squared errors over the latent dimensions; all
-others take their mean."""
+"""The factor between a `beta` and the squared errors inside the sigmoid: the Diffusion-DPO authors' code, diffusers'
+two example scripts, the Diffusion-KTO authors' code and paper, DPO in the code bases of the GRPO family for flow
+models, SimpleTuner's `flow_dpo`, and the trainers here. SimpleTuner sums the squared errors over the latent dimensions;
+all others take their mean."""
 SUMS = ("simpletuner",)
 
 
@@ -89,13 +89,14 @@ class Calibration(NamedTuple):
 
 def calibrate_beta(trainer, *, gradient_factor: float = 0.5, betas: tuple[float, ...] = ()) -> Calibration:
     """
-    Trains `trainer.args.max_steps` steps in the linear zone of the loss, and finds the beta whose loss would by then have
-    a given share of its first slope.
+    Trains `trainer.args.max_steps` steps in the linear zone of the loss, and finds the beta whose loss would by then
+    have a given share of its first slope.
 
-    The steps are the trainer's own at a `beta` of 1, where the sigmoid does not saturate. Adam divides a gradient by its
-    size, so that larger betas take nearly the same steps until they saturate. Nearly: gradient clipping
-    (`max_grad_norm`) and Adam's `eps` see the scale of the loss. Ten steps of DPO on examples/emoji moved the log-ratios
-    by 0.213 (root mean square), and by 0.205 with the loss multiplied by 200. Take the result as an estimate.
+    The steps are the trainer's own at a `beta` of 1, where the sigmoid does not saturate. Adam divides a gradient by
+    its size, so that larger betas take nearly the same steps until they saturate. Nearly: gradient clipping
+    (`max_grad_norm`) and Adam's `eps` see the scale of the loss. Ten steps of DPO on examples/emoji moved the
+    log-ratios by 0.213 (root mean square), and by 0.205 with the loss multiplied by 200. Take the result as an
+    estimate.
 
     The log-ratios are those of `trainer.predict` on the training data with the fixed noise of evaluation, and the
     gradient factors are the metric `health/gradient_factor` that the trainer computes from them.
