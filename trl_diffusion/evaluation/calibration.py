@@ -24,8 +24,8 @@ FACTORS = {
 }
 """The factor between a `beta` and the squared errors inside the sigmoid: the Diffusion-DPO authors' code, diffusers'
 two example scripts, the Diffusion-KTO authors' code and paper, DPO in the code bases of the GRPO family for flow
-models, SimpleTuner's `flow_dpo`, and the trainers here. SimpleTuner sums the squared errors over the latent dimensions;
-all others take their mean."""
+models, SimpleTuner's `flow_dpo`, and the trainers here. SimpleTuner sums the squared errors over the latent
+dimensions; all others take their mean."""
 SUMS = ("simpletuner",)
 
 
