@@ -337,10 +337,10 @@ def naming_the_base(name: str, base: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).split(". ")[0]
         raise OSError(
-            f"The base model {base!r} of {name!r} could not be read: pass the right folder or Hub id as `base_model` "
-            f"(`--base_model`). {reason}"
+            f"The base model {base!r} of {name!r} could not be read ({reason}): pass its folder or Hub id as "
+            "`base_model` (`--base_model`)."
         ) from error
 
 
