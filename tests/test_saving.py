@@ -615,7 +615,7 @@ def test_pushes(sd_folder, tmp_path, fake_hub, peft, strategy):
         step = 2 if commit.message == "End of training" else step + 1
         expected = make_trainer(sd_folder, tmp_path / "other", peft)
         hub.load_policy(expected.model, expected.family, tmp_path / "tiny-kto" / f"checkpoint-{step}")
-        loaded = hub.load_trained(str(commit.folder))
+        loaded = hub.load_trained(str(commit.folder), None if peft == "full" else sd_folder)
         torch.testing.assert_close(answer(loaded.unet), answer(expected.pipeline.unet), rtol=0, atol=1e-6)
         names = {name.split("/")[0] for name in files(commit.folder)}
         assert "README.md" in names
@@ -624,6 +624,15 @@ def test_pushes(sd_folder, tmp_path, fake_hub, peft, strategy):
 
     assert_no_token_in(tmp_path)
     assert not list(tmp_path.rglob("training_args.bin"))
+
+    # The base's path is known here, and nowhere else.
+    if peft != "full":
+        for folder in (tmp_path / "tiny-kto", tmp_path / "tiny-kto" / "checkpoint-2"):
+            assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == sd_folder
+    for commit in fake_hub.commits:
+        for name in files(commit.folder):
+            assert sd_folder.encode() not in (commit.folder / name).read_bytes(), name
+    assert not list((tmp_path / "tiny-kto").glob("_*"))
 
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])

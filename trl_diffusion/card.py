@@ -198,7 +198,7 @@ def _loading(trainer, base: str, load_id: str) -> str:
     layout, folder = "", ""
     if not peft and single_file_obstacle(trainer.pipeline) is None:
         layout, folder = "single_file", "checkpoints"
-    elif peft and lora_obstacle(config, family, "comfyui") is None:
+    elif peft and lora_obstacle(config, family, "comfyui", trainer.model.targeted_module_names) is None:
         layout, folder = "comfyui", "loras"
     if layout:
         name = f"{load_id.split('/')[-1]}.safetensors"

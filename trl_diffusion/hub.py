@@ -1,8 +1,12 @@
 """What is written to disk and to the Hub: weights that diffusers loads, whole or not at all."""
 
+import itertools
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +14,20 @@ import torch
 from accelerate.utils import is_peft_model
 from diffusers import DiffusionPipeline
 from huggingface_hub import save_torch_state_dict
+from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
 from . import engines
-from .families import Family, family_of, load_pipeline
+from .families import Family, family_class, load_pipeline
 from .files import written_whole
 
 
 ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+LORA_FILE = "pytorch_lora_weights.safetensors"
 DENOISER_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 # Sub-folder of a checkpoint: the reference, where it is no longer the policy's start.
 REFERENCE = "reference"
@@ -27,11 +35,29 @@ REFERENCE = "reference"
 EMA = "ema"
 
 
+# Options of a `LoraConfig` that a LoRA file of diffusers brings back. Others (`modules_to_save`, `bias`, `kasa_config`
+# ...) train something else, or compute the update in another way.
+KNOWN_LORA_OPTIONS = {
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights"),
+    *("use_dora", "lora_bias", "runtime_config"),
+}
+
+
+def unknown_lora_options(config: PeftConfig) -> list[str]:
+    """The options of a LoRA that a LoRA file of diffusers does not hold, as the user wrote them."""
+    default = vars(type(config)())
+    return [
+        f"{name}={value!r}"
+        for name, value in vars(config).items()
+        if name not in KNOWN_LORA_OPTIONS and (value or None) != (default.get(name) or None)
+    ]
+
+
 def loads_as_diffusers_lora(config: PeftConfig, family: Family | type[Family]) -> bool:
     """Whether diffusers has LoRA files for the family, and they can hold everything that this configuration trains."""
-    return (
-        family.loads_lora and isinstance(config, LoraConfig) and not config.modules_to_save and config.bias == "none"
-    )
+    return family.loads_lora and isinstance(config, LoraConfig) and not unknown_lora_options(config)
 
 
 def trained_tensors(model) -> dict[str, torch.Tensor]:
@@ -78,7 +104,7 @@ def save_policy(model, family: Family, directory: Path, weights: dict[str, torch
             directory,
             **{
                 f"{family.denoiser_name}_lora_layers": lora,
-                f"{family.denoiser_name}_lora_adapter_metadata": config.to_dict(),
+                f"{family.denoiser_name}_lora_adapter_metadata": public_config(config),
             },
         )
 
@@ -155,6 +181,58 @@ def public_name(name: str) -> str:
     return Path(name).name if os.path.isabs(name) else name
 
 
+def stored_name(name: str) -> str:
+    """What is recorded of a base model: its Hub id, or the absolute path of a folder, which holds from everywhere."""
+    return os.path.abspath(name) if os.path.isdir(name) else name
+
+
+def public_config(config: PeftConfig) -> dict[str, Any]:
+    """An adapter's configuration for a file that is shared: without the base model's path on this machine."""
+    return config.to_dict() | {"base_model_name_or_path": public_name(config.base_model_name_or_path or "") or None}
+
+
+def upload_folder(api, folder: Path, *, ignore_patterns: list[str], **kwargs: Any) -> Any:
+    """
+    As `HfApi.upload_folder`, with the [`public_name`] in place of the paths of this machine that the configurations in
+    the folder name: those of the base model.
+    """
+    names = ("base_model_name_or_path", "_name_or_path")
+    changed: dict[Path, dict[str, Any]] = {}
+    for file in itertools.chain.from_iterable(map(folder.glob, (ADAPTER_CONFIG, "model_index.json", "*/config.json"))):
+        found = json.loads(file.read_text())
+        paths = {name: public_name(found[name]) for name in names if found.get(name)}
+        if any(found[name] != paths[name] for name in paths):
+            changed[file.relative_to(folder)] = found | paths
+    if not changed:
+        return api.upload_folder(folder_path=folder, ignore_patterns=ignore_patterns, **kwargs)
+    # Links cost no space. The underscore keeps the copy itself out of every upload.
+    public = Path(tempfile.mkdtemp(prefix="_public-", dir=folder))
+    try:
+        shutil.copytree(
+            folder, public, ignore=shutil.ignore_patterns(*ignore_patterns), copy_function=_link, dirs_exist_ok=True
+        )
+        for name, content in changed.items():
+            if (public / name).exists():
+                (public / name).unlink()  # the link, not the file
+                (public / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        result = api.upload_folder(folder_path=public, ignore_patterns=ignore_patterns, **kwargs)
+    except BaseException:
+        shutil.rmtree(public, ignore_errors=True)
+        raise
+    if kwargs.get("run_as_future"):
+        result.add_done_callback(lambda _: shutil.rmtree(public, ignore_errors=True))
+    else:
+        shutil.rmtree(public, ignore_errors=True)
+    return result
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)
+
+
 def save_training_args(args: TrainingArguments, directory: Path) -> None:
     """
     Writes `training_args.json`, for the record.
@@ -193,43 +271,133 @@ def upload(api, trainer, checkpoint: Path) -> list:
         "run_as_future": True,
     }
     jobs = [
-        api.upload_folder(
-            folder_path=output_dir, commit_message=message, ignore_patterns=["_*", "checkpoint-*", ".*"], **common
-        )
+        upload_folder(api, output_dir, commit_message=message, ignore_patterns=["_*", "checkpoint-*", ".*"], **common)
     ]
     if args.hub_strategy in ("checkpoint", "all_checkpoints"):
         target = "last-checkpoint" if args.hub_strategy == "checkpoint" else checkpoint.name
         jobs.append(
-            api.upload_folder(
-                folder_path=checkpoint, path_in_repo=target, commit_message=f"{message}, checkpoint", **common
+            upload_folder(
+                api,
+                checkpoint,
+                path_in_repo=target,
+                commit_message=f"{message}, checkpoint",
+                ignore_patterns=["_*"],
+                **common,
             )
         )
     return jobs
 
 
-def load_trained(name: str, **kwargs: Any) -> DiffusionPipeline:
+def is_adapter(name: str) -> bool:
+    """Whether `name` is the output folder of an adapter training."""
+    return os.path.isfile(os.path.join(name, ADAPTER_CONFIG))
+
+
+def base_model_of(name: str, base_model: str | None = None) -> str:
+    """
+    The base model of an adapter.
+
+    Args:
+        name (`str`): Output folder of an adapter training, or its Hub id.
+        base_model (`str`, *optional*): Hub id or folder that replaces the one that the adapter names.
+
+    Raises:
+        `ValueError`: if the adapter names none, or a folder that is not there.
+    """
+    base = base_model or PeftConfig.from_pretrained(name).base_model_name_or_path
+    if not base:
+        raise ValueError(
+            f"The {ADAPTER_CONFIG} in {name!r} names no base model: pass it as `base_model` (`--base_model`)."
+        )
+    return existing_base(name, base)
+
+
+def existing_base(name: str, base: str) -> str:
+    """
+    `base`, the base model of the file or folder `name`.
+
+    Raises:
+        `ValueError`: if it is neither a folder nor a possible Hub id.
+    """
+    if os.path.isdir(base):
+        return base
+    try:
+        validate_repo_id(base)
+    except ValueError:
+        raise ValueError(
+            f"Found no base model {base!r}, which {name!r} was trained on: pass its folder or Hub id as `base_model` "
+            "(`--base_model`)."
+        ) from None
+    return base
+
+
+@contextmanager
+def naming_the_base(name: str, base: str) -> Iterator[None]:
+    """Within, an error about a base model that cannot be read says whose base it is, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise OSError(
+            f"The base model {base!r} of {name!r} could not be read ({reason}): pass its folder or Hub id as "
+            "`base_model` (`--base_model`)."
+        ) from error
+
+
+def check_all_loaded(denoiser, modules: Iterable[str], file: str) -> None:
+    """
+    Checks that diffusers has put a LoRA on all of `modules`: of names that it does not know it drops the weights.
+
+    Raises:
+        `ValueError`: if it has not.
+    """
+    modules = set(modules)
+    found = {name.split(".lora_A.")[0] for name, _ in denoiser.named_parameters() if ".lora_A." in name}
+    if missing := sorted(modules - found):
+        raise ValueError(
+            f"Found {len(modules)} modules in the LoRA {file!r}, of which this {type(denoiser).__name__} has got "
+            f"{len(modules) - len(missing)}; missing is {missing[0]!r}: expected the model that it was trained on, "
+            "pass it as `base_model` (`--base_model`)."
+        )
+
+
+def load_trained(name: str, base_model: str | None = None, **kwargs: Any) -> DiffusionPipeline:
     """
     Loads a pipeline for inference: a Hub id, a pipeline's folder, the output folder of an adapter training, whose base
     model is loaded along, or a file that `trl-diffusion export` wrote.
 
     Args:
         name (`str`): Hub id, folder or file.
+        base_model (`str`, *optional*): Hub id or folder of the base model, instead of the one that the adapter names.
         **kwargs: Passed on to [`families.load_pipeline`].
+
+    Raises:
+        `ValueError`: if the base model is not there, is none for this adapter, or is named for a whole pipeline.
     """
     if os.path.isfile(name):
         from .export import load_exported  # it imports this module
 
-        return load_exported(name, **kwargs)
-    config_file = Path(name) / "adapter_config.json"
-    if not config_file.is_file():
+        return load_exported(name, base_model=base_model, **kwargs)
+    if not is_adapter(name):
+        if base_model is not None:
+            raise ValueError(
+                f"Found `base_model` ({base_model!r}) for {name!r}, expected it for an adapter's output folder or "
+                "exported file: drop it."
+            )
         return load_pipeline(name, **kwargs)
     config = PeftConfig.from_pretrained(name)
-    pipeline = load_pipeline(config.base_model_name_or_path, **kwargs)
-    family = family_of(pipeline)
-    if loads_as_diffusers_lora(config, family):
-        family.pipeline.load_lora_weights(name)
+    base = base_model_of(name, base_model)
+    with naming_the_base(name, base):
+        pipeline = load_pipeline(base, **kwargs)
+    family = family_class(type(pipeline).__name__)
+    denoiser = getattr(pipeline, family.denoiser_name)
+    if loads_as_diffusers_lora(config, family) and os.path.isfile(os.path.join(name, LORA_FILE)):
+        pipeline.load_lora_weights(name, weight_name=LORA_FILE)  # type: ignore[attr-defined]
+        with safe_open(os.path.join(name, LORA_FILE), "pt") as file:
+            keys = [key.removeprefix(f"{family.denoiser_name}.") for key in file.keys()]
+        check_all_loaded(denoiser, [key.split(".lora_A.")[0] for key in keys if ".lora_A." in key], name)
     else:
-        setattr(pipeline, family.denoiser_name, PeftModel.from_pretrained(family.denoiser, name))
+        setattr(pipeline, family.denoiser_name, PeftModel.from_pretrained(denoiser, name))
     return pipeline
 
 
@@ -240,6 +408,8 @@ __all__ = [
     "save_frozen_parts",
     "save_policy",
     "save_training_args",
+    "stored_name",
     "trained_tensors",
     "upload",
+    "upload_folder",
 ]

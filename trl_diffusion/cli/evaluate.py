@@ -22,7 +22,7 @@ from ..evaluation.win_rate import WinRate
 from ..export import load_merged
 from ..families import family_of
 from ..files import written_whole
-from ..hub import load_trained
+from ..hub import is_adapter, load_trained
 from ..rewards import SCORERS, load_scorer, score_images, scorer_names
 from ..rewards.base import default_device
 
@@ -36,6 +36,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model_name_or_path", required=True, help="Hub id, pipeline folder, or a training's output")
     parser.add_argument("--baseline_name_or_path", required=True, help="the same, of what to compare with")
+    parser.add_argument(
+        "--base_model", help="the base model of the adapters, instead of the one that they name: Hub id or folder"
+    )
     parser.add_argument(
         "--prompts_file",
         type=Path,
@@ -89,10 +92,19 @@ def run(argv: list[str]) -> None:
             f"Found {' and '.join(f'`--{name}`' for name in found) or 'nothing'} to compare with, expected "
             "`--prompts_file` with `--scorers`, `--dataset_name`, or all three."
         )
+    if args.base_model and not (is_adapter(args.model_name_or_path) or is_adapter(args.baseline_name_or_path)):
+        raise ValueError(
+            f"Found `--base_model {args.base_model}` with two whole models, expected it with an adapter: drop it."
+        )
     if args.dataset_name is not None:
         compare_errors(args)
     if args.prompts_file is not None:
         compare_images(args)
+
+
+def base_of(args: argparse.Namespace, model: str) -> str | None:
+    """What `--base_model` means for one of the two models."""
+    return args.base_model if is_adapter(model) else None
 
 
 def compare_errors(args: argparse.Namespace) -> None:
@@ -112,9 +124,10 @@ def compare_errors(args: argparse.Namespace) -> None:
         (DiffusionKTOConfig, DiffusionKTOTrainer) if single else (DiffusionDPOConfig, DiffusionDPOTrainer)
     )
     device = default_device()
+    policy, baseline = args.model_name_or_path, args.baseline_name_or_path
     trainer = trainer_class(
-        model=load_merged(args.model_name_or_path, dtype="float32"),
-        ref_model=family_of(load_merged(args.baseline_name_or_path, dtype="float32")).denoiser,
+        model=load_merged(policy, base_of(args, policy), dtype="float32"),
+        ref_model=family_of(load_merged(baseline, base_of(args, baseline), dtype="float32")).denoiser,
         # A beta of 1: rewards are differences of mean squared errors. The accuracy does not depend on it.
         args=config_class(
             str(args.output_dir),
@@ -188,9 +201,10 @@ def compare_images(args: argparse.Namespace) -> None:
     names = {"policy": args.model_name_or_path, "baseline": args.baseline_name_or_path}
     folders = {}
     for who, model in names.items():
-        folders[who] = ImageFolder(args.output_dir / "images", model, settings)
+        base_model = base_of(args, model)
+        folders[who] = ImageFolder(args.output_dir / "images", model, settings, base_model)
         # The pipeline is held by this call alone, so that there is never more than one model in memory.
-        load = functools.partial(load_on, device, model, dtype=args.dtype)
+        load = functools.partial(load_on, device, model, base_model=base_model, dtype=args.dtype)
         folders[who].draw(load, prompts, seeds, args.batch_size, f"Drawing, {who}", **kwargs)
 
     scores: dict[str, dict[str, list[list[float]]]] = {who: {} for who in names}

@@ -21,6 +21,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="a LoRA for diffusers, for kohya's scripts and A1111, or for ComfyUI; or the whole model with what was "
         "trained merged into it, as a folder for diffusers, or as a single file in the layout of Stable Diffusion",
     )
+    parser.add_argument(
+        "--base_model", help="an adapter's base model, instead of the one that it names: Hub id or folder"
+    )
     parser.add_argument("--output", type=Path, required=True, help="a .safetensors file; for 'merged' a folder")
     parser.add_argument(
         "--dtype",
@@ -35,7 +38,13 @@ def run(argv: list[str]) -> None:
     args = make_parser().parse_args(argv)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     if args.layout in LORA_LAYOUTS:
-        export_lora(args.model_name_or_path, args.output, layout=args.layout, dtype=dtype)
+        export_lora(args.model_name_or_path, args.output, layout=args.layout, dtype=dtype, base_model=args.base_model)
     else:
-        export_merged(args.model_name_or_path, args.output, single_file=args.layout == "single_file", dtype=dtype)
+        export_merged(
+            args.model_name_or_path,
+            args.output,
+            single_file=args.layout == "single_file",
+            dtype=dtype,
+            base_model=args.base_model,
+        )
     print(f"{args.output} written.")

@@ -13,6 +13,9 @@ from ..hub import load_trained
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trl-diffusion generate", description="Draw images, and a grid of them.")
     parser.add_argument("--model_name_or_path", required=True, help="Hub id, pipeline folder, or a training's output")
+    parser.add_argument(
+        "--base_model", help="an adapter's base model, instead of the one that it names: Hub id or folder"
+    )
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompts", nargs="+", help="one row of the grid per prompt")
     prompts.add_argument("--prompts_file", type=Path, help="text file, one prompt per line")
@@ -34,7 +37,7 @@ def run(argv: list[str]) -> None:
     if not prompts:
         raise ValueError(f"Found no prompt in {args.prompts_file}: expected one per line.")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    pipeline = load_trained(args.model_name_or_path, dtype=args.dtype).to(device)
+    pipeline = load_trained(args.model_name_or_path, args.base_model, dtype=args.dtype).to(device)
     kwargs = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
     seeds = [args.seed + i for i in range(args.num_images_per_prompt)]
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -16,15 +16,17 @@ from tqdm import tqdm
 
 from ..callbacks import sample_rows
 from ..data.cache import folder_state
+from ..hub import existing_base
 
 
-def model_state(name: str) -> Any:
+def model_state(name: str, base_model: str | None = None) -> Any:
     """
     What changes when the weights behind a name change: the files of a folder (of its components or its adapter, and
     of the adapter's base), or the commit of a Hub id.
 
     Args:
         name (`str`): Hub id or folder, as [`~hub.load_trained`] takes it.
+        base_model (`str`, *optional*): The base model of an adapter, instead of the one that it names.
 
     Returns:
         What `json.dumps` takes.
@@ -34,7 +36,7 @@ def model_state(name: str) -> Any:
         return Path(hf_hub_download(name, "model_index.json")).parent.name
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
-        base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        base = existing_base(name, base_model or json.loads(adapter.read_text())["base_model_name_or_path"])
         return [_file_states(folder, ["*.safetensors", adapter.name]), base, model_state(base)]
     index = folder / "model_index.json"
     if not index.is_file():
@@ -66,10 +68,13 @@ class ImageFolder:
             Hub id or folder.
         settings (`dict[str, Any]`):
             All that the images depend on besides model, prompt and seed.
+        base_model (`str`, *optional*):
+            The base model of an adapter, instead of the one that it names.
     """
 
-    def __init__(self, root: str | Path, model: str, settings: dict[str, Any]):
-        record = json.dumps({"model": model, "state": model_state(model), "settings": settings}, sort_keys=True)
+    def __init__(self, root: str | Path, model: str, settings: dict[str, Any], base_model: str | None = None):
+        state = model_state(model, base_model)
+        record = json.dumps({"model": model, "state": state, "settings": settings}, sort_keys=True)
         self.folder = Path(root) / hashlib.sha256(record.encode()).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
         _write_whole(self.folder / "settings.json", (json.dumps(json.loads(record), indent=2) + "\n").encode())

@@ -70,6 +70,9 @@ class Family(ABC):
     """Latent pixels along the side of one token of a transformer."""
     loads_lora: ClassVar[bool] = True
     """Whether the pipeline has `save_lora_weights` and `load_lora_weights`; else LoRA is saved as PEFT saves it."""
+    comfyui_modules: ClassVar[str | None] = None
+    """Of a transformer: the modules (a regular expression) that ComfyUI finds in a LoRA file by their names in
+    diffusers; None if it finds none."""
     packs_latents: ClassVar[bool] = False
     """Whether the pipeline, and not the denoiser, stacks the latent pixels of a token into channels."""
 

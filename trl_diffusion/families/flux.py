@@ -10,6 +10,7 @@ class Flux(FlowFamily):
     denoiser_class = "FluxTransformer2DModel"
     components = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler")
     lora_targets = JOINT_ATTENTION
+    comfyui_modules = ".+"
     patch_size = 2
     packs_latents = True
     # What a model with an embedded guidance scale is told of it: what the pipeline samples with by default.

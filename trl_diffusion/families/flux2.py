@@ -13,6 +13,8 @@ class Flux2(FlowFamily):
     denoiser_class = "Flux2Transformer2DModel"
     # In the blocks of a single stream all projections are one module.
     lora_targets: ClassVar[list[str]] = [*JOINT_ATTENTION, "to_qkv_mlp_proj"]
+    # Not the modulations, and not the embedding of timestep and guidance.
+    comfyui_modules = r"(single_)?transformer_blocks\..+|x_embedder|context_embedder|norm_out\.linear|proj_out"
     patch_size = 2
     packs_latents = True
     # What the pipeline samples with by default: the embedded guidance scale, and the steps that its shift depends on.

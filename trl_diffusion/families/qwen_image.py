@@ -9,6 +9,7 @@ class QwenImage(FlowFamily):
     pipeline_class = "QwenImagePipeline"
     denoiser_class = "QwenImageTransformer2DModel"
     lora_targets = JOINT_ATTENTION
+    comfyui_modules = ".+"
     # What the last block makes of the text.
     has_idle_parameters = True
     prompt_mask = "encoder_hidden_states_mask"

@@ -11,6 +11,7 @@ class StableDiffusion3(FlowFamily):
     # Without T5, text_encoder_3, the pipeline fills its place with zeros.
     components = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler")
     lora_targets = JOINT_ATTENTION
+    comfyui_modules = ".+"
     patch_size = 2
 
     def encode_prompts(self, prompts: list[str], device: torch.device) -> Conditioning:

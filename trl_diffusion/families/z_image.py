@@ -9,6 +9,7 @@ from .base import Conditioning, FlowFamily
 class ZImage(FlowFamily):
     pipeline_class = "ZImagePipeline"
     denoiser_class = "ZImageTransformer2DModel"
+    comfyui_modules = ".+"
     prompt_mask = "mask"
     patch_size = 2
 

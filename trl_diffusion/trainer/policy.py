@@ -13,6 +13,7 @@ from peft import PeftConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
 
 from ..families import Family
+from ..hub import stored_name
 from .base_config import DiffusionConfig
 
 
@@ -118,7 +119,7 @@ def make_policy(family: Family, peft_config: PeftConfig | None, args: DiffusionC
             f"{names}; {family.lora_targets} are a good choice."
         ) from error
     # PEFT would record the denoiser's sub-folder; the pipeline is what a user loads the adapter into.
-    policy.peft_config["default"].base_model_name_or_path = base_model_id
+    policy.peft_config["default"].base_model_name_or_path = stored_name(base_model_id)
     return policy
 
 

@@ -151,6 +151,37 @@ class SavingTrainer(_BaseTrainer):
             text = card.model_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags)
             text.save(Path(self.args.output_dir) / "README.md")
 
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ):
+        """As [`~transformers.Trainer.push_to_hub`], without the paths of this machine, see [`hub.upload_folder`]."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token if token is not None else self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)  # by all ranks
+        if not self.is_world_process_zero():
+            return None
+        kwargs.setdefault("model_name", (self.args.hub_model_id or Path(self.args.output_dir).name).split("/")[-1])
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        return hub.upload_folder(
+            hf_api(),
+            Path(self.args.output_dir),
+            repo_id=self.hub_model_id,
+            commit_message=commit_message,
+            token=token,
+            run_as_future=not blocking,
+            ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"],
+            revision=self.args.hub_revision if revision is None else revision,
+        )
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staging is not None:  # called by Trainer before the checkpoint is whole
             return
