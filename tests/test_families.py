@@ -1,5 +1,6 @@
 """Every model family against its own pipeline, and with every trainer."""
 
+import copy
 import functools
 import inspect
 import math
@@ -14,6 +15,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -21,21 +23,21 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from diffusers.training_utils import compute_density_for_timestep_sampling
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image as PILImage
 
 from tests import tiny
 from tests.conftest import pairs, picture
 from tests.methods import METHODS, make_trainer
-from trl_diffusion import DiffusionSFTConfig, families
+from trl_diffusion import DiffusionSFTConfig, export, families, hub
 from trl_diffusion.card import model_card
 from trl_diffusion.data.draws import Draws, ExampleKey
 from trl_diffusion.data.images import ImageTransform
-from trl_diffusion.export import export_lora, export_merged
-from trl_diffusion.families import FAMILIES, family_of
+from trl_diffusion.export import export_lora, export_merged, load_merged
+from trl_diffusion.families import FAMILIES, family_of, resolve_model
 from trl_diffusion.families.base import DDPMFamily
 from trl_diffusion.families.flux2 import Flux2
-from trl_diffusion.hub import load_trained
+from trl_diffusion.hub import load_trained, save_policy
 from trl_diffusion.likelihood import (
     ELBO_BOUND,
     PREDICTION_TYPES,
@@ -745,14 +747,14 @@ def test_what_no_family_trains(name):
         part = getattr(pipeline, component)
         setattr(pipeline, component, None)
         with pytest.raises(ValueError, match=rf"Found a {name} without {component}|refiner"):
-            family_of(pipeline)
+            family_of(pipeline).check_trainable()
         setattr(pipeline, component, part)
     in_channels = f.denoiser.config.in_channels
     f.denoiser.register_to_config(in_channels=2 * in_channels + 1)
     with pytest.raises(
         ValueError, match=rf"{2 * in_channels + 1} input channels over a VAE with 4: expected a text-to-"
     ):
-        family_of(pipeline)
+        family_of(pipeline).check_trainable()
     f.denoiser.register_to_config(in_channels=in_channels)
     if name in FLOW:
         pipeline.scheduler = DDPMScheduler()
@@ -761,7 +763,7 @@ def test_what_no_family_trains(name):
         pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
         message = r"Found FlowMatchEulerDiscreteScheduler .* expected a DDPM-like scheduler"
     with pytest.raises(ValueError, match=message):
-        family_of(pipeline)
+        family_of(pipeline).check_trainable()
 
 
 def test_schedulers_of_a_kind_that_no_pipeline_of_ours_has():
@@ -775,20 +777,20 @@ def test_the_refiner_is_refused():
     pipeline = tiny.tiny_stable_diffusion_xl()
     pipeline.text_encoder = None
     with pytest.raises(ValueError, match=r"second text encoder only, as the refiner has it"):
-        family_of(pipeline)
+        family_of(pipeline).check_trainable()
     pipeline = tiny.tiny_stable_diffusion_xl()
     pipeline.unet.add_embedding.linear_1 = torch.nn.Linear(5 * 8 + 16, 64)
     with pytest.raises(ValueError, match=r"told 5 numbers about an image's size, expected 6"):
-        family_of(pipeline)
+        family_of(pipeline).check_trainable()
 
 
 def test_a_vae_that_would_overflow_is_refused():
     pipeline = tiny.tiny_stable_diffusion_xl()
     pipeline.vae.half()
     with pytest.raises(ValueError, match=r"VAE in float16, in which it overflows"):
-        family_of(pipeline)
+        family_of(pipeline).check_trainable()
     pipeline.vae.register_to_config(force_upcast=False)
-    family_of(pipeline)
+    family_of(pipeline).check_trainable()
 
 
 @pytest.mark.parametrize(
@@ -811,14 +813,55 @@ def test_models_that_the_pipeline_cannot_call_are_refused(name, option, value, m
     pipeline = BUILD[name]()
     family_of(pipeline).denoiser.register_to_config(**{option: value})
     with pytest.raises(ValueError, match=message):
-        family_of(pipeline)
+        family_of(pipeline).check_trainable()
 
 
 def test_a_distilled_klein_is_refused():
     pipeline = tiny.tiny_flux2_klein()
     pipeline.register_to_config(is_distilled=True)
     with pytest.raises(ValueError, match=r"is_distilled=True, which is distilled to few steps"):
-        family_of(pipeline)
+        family_of(pipeline).check_trainable()
+
+
+def _fp16_vae(pipeline):
+    pipeline.vae.half()
+
+
+def _unknown_schedule(pipeline):
+    pipeline.scheduler = EDMDPMSolverMultistepScheduler()
+
+
+def _distilled(pipeline):
+    pipeline.register_to_config(is_distilled=True)
+
+
+def _without_encoder(pipeline):
+    pipeline.text_encoder = None
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("StableDiffusionXLPipeline", _fp16_vae),
+        ("StableDiffusionXLPipeline", _unknown_schedule),
+        ("Flux2KleinPipeline", _distilled),
+        ("ZImagePipeline", _without_encoder),
+    ],
+)
+def test_what_cannot_be_trained_still_takes_its_adapter(tmp_path, monkeypatch, name, change):
+    """Loading an adapter and merging it need the family's names, and nothing that training needs."""
+    pipeline = BUILD[name]()
+    f = family_of(pipeline)
+    policy = get_peft_model(copy.deepcopy(f.denoiser), LoraConfig(r=2, target_modules=f.lora_targets))
+    policy.peft_config["default"].base_model_name_or_path = "base"
+    save_policy(policy, f, tmp_path)
+    change(pipeline)
+    for module in (hub, export):
+        monkeypatch.setattr(module, "load_pipeline", lambda *args, **kwargs: copy.deepcopy(pipeline))
+    for load in (load_trained, load_merged):
+        assert type(load(str(tmp_path))).__name__ == name
+    with pytest.raises(ValueError, match=r"^Found "):
+        resolve_model(pipeline)
 
 
 def test_a_lora_without_a_loader_is_no_file_of_diffusers(tmp_path):

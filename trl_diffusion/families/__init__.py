@@ -52,7 +52,8 @@ def family_class(pipeline_class: str) -> type[Family]:
 
 def family_of(pipeline: DiffusionPipeline) -> Family:
     """
-    The family file of a pipeline, chosen by the pipeline's exact class.
+    The family file of a pipeline, chosen by the pipeline's exact class. Whether the pipeline can be trained is not
+    checked: [`~Family.check_trainable`] does that.
 
     Raises:
         `ValueError`: if no family handles this class.
@@ -120,7 +121,7 @@ def resolve_model(
     quantization_config: PipelineQuantizationConfig | QuantizationConfigMixin | None = None,
 ) -> Family:
     """
-    The family, with its pipeline, of whatever a user may pass as `model`.
+    The family, with its pipeline, of whatever a user may pass as the `model` of a trainer.
 
     Args:
         model (`str`, `DiffusionPipeline` or `ModelMixin`):
@@ -134,8 +135,20 @@ def resolve_model(
 
     Raises:
         `TypeError`: if `model` is none of these.
-        `ValueError`: if the arguments do not belong together, or the pipeline's family is unknown.
+        `ValueError`: if the arguments do not belong together, the pipeline's family is unknown, or it cannot be trained
+            as it is.
     """
+    family = _resolve_family(model, processing_class, model_init_kwargs, quantization_config)
+    family.check_trainable()
+    return family
+
+
+def _resolve_family(
+    model: "str | DiffusionPipeline | ModelMixin",
+    processing_class: DiffusionPipeline | None,
+    model_init_kwargs: dict[str, Any] | None,
+    quantization_config: PipelineQuantizationConfig | QuantizationConfigMixin | None,
+) -> Family:
     if quantization_config is not None and not isinstance(model, str):
         raise ValueError(
             f"`quantization_config` is for a model that is loaded here; found an instantiated {type(model).__name__}: "

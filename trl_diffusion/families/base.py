@@ -6,6 +6,7 @@ read in the pipelines of diffusers 0.42.1, and the tests compare them with what 
 
 import math
 from abc import ABC, abstractmethod
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -41,11 +42,11 @@ class Family(ABC):
     """
     One model family, bound to a pipeline.
 
-    Args:
-        pipeline (`DiffusionPipeline`): A complete pipeline of the family.
+    Generating images, loading adapters and exporting need nothing but the family's names, so nothing is checked here:
+    the trainers call [`check_trainable`].
 
-    Raises:
-        `ValueError`: if the pipeline cannot be trained as it is.
+    Args:
+        pipeline (`DiffusionPipeline`): A pipeline of the family.
     """
 
     pipeline_class: ClassVar[str]
@@ -75,8 +76,11 @@ class Family(ABC):
 
     def __init__(self, pipeline: DiffusionPipeline):
         self.pipeline: Any = pipeline
-        self.check()
-        self.process = self.noise_process()
+
+    @cached_property
+    def process(self) -> Any:
+        """How images are corrupted, read from the pipeline's scheduler once: sampling cannot disturb the training."""
+        return self.noise_process()
 
     @property
     def denoiser(self) -> ModelMixin:
@@ -100,8 +104,13 @@ class Family(ABC):
     def latent_channels(self) -> int:
         return self.pipeline.vae.config.latent_channels
 
-    def check(self) -> None:
-        """Raises `ValueError` where the pipeline cannot be trained as it is."""
+    def check_trainable(self) -> None:
+        """
+        Checks what training needs of the pipeline, and reads the noise process.
+
+        Raises:
+            `ValueError`: if the pipeline cannot be trained as it is.
+        """
         missing = [name for name in (self.denoiser_name, *self.components) if getattr(self.pipeline, name) is None]
         if missing:
             raise ValueError(
@@ -114,6 +123,7 @@ class Family(ABC):
                 f"with {self.latent_channels}: expected a text-to-image {self.denoiser_class}, whose input "
                 f"is the latent alone, in {expected} channels (those for inpainting or control take more)."
             )
+        self.process = self.noise_process()
 
     @abstractmethod
     def noise_process(self) -> NoiseProcess:

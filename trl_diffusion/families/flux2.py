@@ -56,8 +56,8 @@ class Flux2Klein(Flux2):
     pipeline_class = "Flux2KleinPipeline"
     guidance_scale = None
 
-    def check(self) -> None:
-        super().check()
+    def check_trainable(self) -> None:
+        super().check_trainable()
         if self.pipeline.config.is_distilled:
             raise ValueError(
                 "Found a Flux2KleinPipeline with is_distilled=True, which is distilled to few steps: expected the "

@@ -12,8 +12,8 @@ class PixArtSigma(DDPMFamily):
     loads_lora = False
     patch_size = 2
 
-    def check(self) -> None:
-        super().check()
+    def check_trainable(self) -> None:
+        super().check_trainable()
         if self.denoiser.config.use_additional_conditions or self.denoiser.use_additional_conditions:
             raise ValueError(
                 "Found a PixArtTransformer2DModel that is told size and aspect ratio, as PixArt-Alpha has it, which "

@@ -19,8 +19,8 @@ class QwenImage(FlowFamily):
     def latent_channels(self) -> int:
         return self.pipeline.vae.config.z_dim
 
-    def check(self) -> None:
-        super().check()
+    def check_trainable(self) -> None:
+        super().check_trainable()
         for name in ("guidance_embeds", "zero_cond_t", "use_additional_t_cond"):
             if self.denoiser.config[name]:
                 raise ValueError(

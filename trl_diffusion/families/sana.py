@@ -11,8 +11,8 @@ class Sana(FlowFamily):
     pipeline_class = "SanaPipeline"
     denoiser_class = "SanaTransformer2DModel"
 
-    def check(self) -> None:
-        super().check()
+    def check_trainable(self) -> None:
+        super().check_trainable()
         if self.denoiser.config.guidance_embeds:
             raise ValueError(
                 "Found a SanaTransformer2DModel that is told a guidance scale, as SANA-Sprint has it, which is "

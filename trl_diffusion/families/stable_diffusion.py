@@ -10,8 +10,8 @@ class StableDiffusion(DDPMFamily):
     denoiser_class = "UNet2DConditionModel"
     denoiser_name = "unet"
 
-    def check(self) -> None:
-        super().check()
+    def check_trainable(self) -> None:
+        super().check_trainable()
         if self.denoiser.config.time_cond_proj_dim is not None:
             raise ValueError(
                 "Found a UNet that is told a guidance scale (`time_cond_proj_dim`), as latent consistency models are: "

@@ -11,13 +11,13 @@ class StableDiffusionXL(StableDiffusion):
     components = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler")
     conditions_on_size = True
 
-    def check(self) -> None:
+    def check_trainable(self) -> None:
         if self.pipeline.text_encoder is None and self.pipeline.text_encoder_2 is not None:
             raise ValueError(
                 "Found a StableDiffusionXLPipeline with its second text encoder only, as the refiner has it, which "
                 "works on other models' images: expected the base model."
             )
-        super().check()
+        super().check_trainable()
         config, found = self.denoiser.config, self.denoiser.add_embedding.linear_1.in_features
         sizes = (found - self.pipeline.text_encoder_2.config.projection_dim) / config.addition_time_embed_dim
         if sizes != 6:
