@@ -135,8 +135,8 @@ def resolve_model(
 
     Raises:
         `TypeError`: if `model` is none of these.
-        `ValueError`: if the arguments do not belong together, the pipeline's family is unknown, or it cannot be trained
-            as it is.
+        `ValueError`: if the arguments do not belong together, the pipeline's family is unknown, or the pipeline cannot
+            be trained as it is.
     """
     family = _resolve_family(model, processing_class, model_init_kwargs, quantization_config)
     family.check_trainable()
