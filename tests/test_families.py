@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
@@ -30,6 +31,7 @@ from tests import tiny
 from tests.conftest import pairs, picture
 from tests.methods import METHODS, make_trainer
 from trl_diffusion import DiffusionSFTConfig, export, families, hub
+from trl_diffusion.callbacks import sample_rows
 from trl_diffusion.card import model_card
 from trl_diffusion.data.draws import Draws, ExampleKey
 from trl_diffusion.data.images import ImageTransform
@@ -77,6 +79,8 @@ DDPM = ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtSigmaPipe
 FLOW = [name for name in BUILD if name not in DDPM]
 EVERY = pytest.mark.parametrize("name", BUILD)
 PROMPTS = ["picture 1", "a red dog on green grass"]
+# Of more tokens than any pipeline takes.
+LONG_PROMPTS = ["a dog", "a red dog on green grass, " * 50]
 RESOLUTION = {name: 32 if name == "SanaPipeline" else 16 for name in BUILD}
 # What SDXL is told of an image that was made at this resolution.
 SIZES = [16, 16, 0, 0, 16, 16]
@@ -181,6 +185,7 @@ CALLS = [(name, {}, PROMPTS) for name in BUILD] + [
     ("FluxPipeline", {"guidance_embeds": False}, PROMPTS),
     ("QwenImagePipeline", {}, ["a dog", "a cat"]),
     ("ZImagePipeline", {}, ["a dog", "a cat"]),
+    *((name, {}, LONG_PROMPTS) for name in BUILD),
 ]
 
 
@@ -213,6 +218,26 @@ def test_the_denoiser_is_called_as_the_pipeline_calls_it(name, options, prompts)
         assert_same_call(our_call, their_call)
         assert answer.shape == x_t.shape
         torch.testing.assert_close(layout(f, answer), their_answer, rtol=1e-5, atol=1e-5)
+
+
+@EVERY
+def test_prompts_are_encoded_with_the_defaults_of_the_pipelines_call(name):
+    """Number of tokens, cleaning, instructions: `encode_prompt` may have defaults of its own."""
+    pipeline, seen = BUILD[name](), {}
+    encode = pipeline.encode_prompt
+
+    @functools.wraps(encode)
+    def recorded(*args, **kwargs):
+        bound = inspect.signature(encode).bind(*args, **kwargs)
+        bound.apply_defaults()
+        seen.update(bound.arguments)
+        return encode(*args, **kwargs)
+
+    pipeline.encode_prompt = recorded
+    family_of(pipeline).encode_prompts(["a dog"], torch.device("cpu"))
+    call = inspect.signature(type(pipeline).__call__).parameters
+    shared = (seen.keys() & call.keys()) - {"prompt", "kwargs"}
+    assert {option: seen[option] for option in shared} == {option: call[option].default for option in shared}
 
 
 @EVERY
@@ -262,6 +287,68 @@ def test_a_dropped_prompt_of_sana_is_what_the_pipeline_guides_away_from():
     encoded = f.encode_prompts(["a dog", ""], torch.device("cpu"))
     torch.testing.assert_close(encoded["encoder_hidden_states"][1:], negative)
     assert torch.equal(encoded["encoder_attention_mask"][1:], mask)
+
+
+def test_a_dropped_prompt_of_qwen_image_is_what_it_is_guided_away_from():
+    f = family("QwenImagePipeline")
+    negative = f.sampling_kwargs(guidance_scale=4.0)["negative_prompt"]
+    encoded, wanted = (f.encode_prompts(prompts, torch.device("cpu")) for prompts in ([""], [negative]))
+    torch.testing.assert_close(encoded, wanted, rtol=0, atol=0)
+
+
+# ---- Sampling -------------------------------------------------------------------------------------------------------
+
+
+def sampled(name: str, **options) -> list[np.ndarray]:
+    """Two images of no square, with the library's options."""
+    side = RESOLUTION[name]
+    (images,) = sample_rows(options.pop("pipeline"), ["a dog"], [0, 1], height=side, width=2 * side, **options)
+    return [np.array(image) for image in images]
+
+
+def sampled_by_its_call(name: str, pipeline, **options) -> list[np.ndarray]:
+    """The same, with the options of the pipeline's own call."""
+    side, generators = RESOLUTION[name], [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    images = pipeline(prompt=["a dog"] * 2, height=side, width=2 * side, generator=generators, **options).images
+    return [np.array(image) for image in images]
+
+
+GUIDED = [(name, {}) for name in BUILD] + [("FluxPipeline", {"guidance_embeds": False})]
+
+
+@pytest.mark.parametrize(("name", "options"), GUIDED, ids=str)
+def test_the_guidance_scale_reaches_every_pipeline(name, options):
+    """Whatever its call names it: 1 and 4 give other images, those of the call with the pipeline's own names."""
+    pipeline, steps = family(name, **options).pipeline, {"num_inference_steps": 2}
+    one, four = (sampled(name, pipeline=pipeline, guidance_scale=scale, **steps) for scale in (1.0, 4.0))
+    assert all((a != b).any() for a, b in zip(one, four, strict=True))
+    own = {"guidance_scale": 4.0}
+    if name == "QwenImagePipeline":
+        own = {"true_cfg_scale": 4.0, "negative_prompt": [" "] * 2}
+    elif options:
+        own = {"true_cfg_scale": 4.0, "negative_prompt": [""] * 2}
+    elif name in ("PixArtSigmaPipeline", "SanaPipeline"):
+        own |= {"use_resolution_binning": False}
+    np.testing.assert_array_equal(four, sampled_by_its_call(name, pipeline, **own, **steps))
+    # Without guidance: 1, but 0 for Z-Image, whose scale counts from there.
+    none = 0.0 if name == "ZImagePipeline" else 1.0
+    unguided = ({"guidance_scale": none} if "Flux" in name and not options else {}) | UNGUIDED[name]
+    np.testing.assert_array_equal(
+        sampled(name, pipeline=pipeline, guidance_scale=none, **steps),
+        sampled_by_its_call(name, pipeline, **unguided, **steps),
+    )
+
+
+def test_a_guidance_scale_that_the_pipeline_would_ignore_is_refused():
+    pipeline = tiny.tiny_flux2_klein()
+    pipeline.register_to_config(is_distilled=True)
+    with pytest.raises(ValueError, match=r"guidance_scale=4.0 .* is_distilled=True, which ignores it: leave it out"):
+        sample_rows(pipeline, ["a dog"], [0], guidance_scale=4.0)
+    assert family_of(pipeline).sampling_kwargs(guidance_scale=1.0, height=8) == {"guidance_scale": 1.0, "height": 8}
+
+
+def test_a_pipeline_without_a_family_is_called_as_it_is():
+    assert families.sampling_kwargs(DDPMPipeline, guidance_scale=3.0) == {"guidance_scale": 3.0}
 
 
 @EVERY
@@ -530,8 +617,8 @@ LORA = LoraConfig(r=4, lora_alpha=8)
 def shorten_prompts(pipeline) -> None:
     """The 512 tokens of FLUX.2 would take most of a training's time."""
     if isinstance(pipeline, Flux2Pipeline | Flux2KleinPipeline):
-        encode = functools.partial(type(pipeline).encode_prompt, pipeline, max_sequence_length=48)
-        pipeline.encode_prompt = encode
+        encode = pipeline.encode_prompt
+        pipeline.encode_prompt = lambda *args, **kwargs: encode(*args, **kwargs | {"max_sequence_length": 48})
 
 
 def trainer_of(folder, pipeline, method: str, peft_config=None, dataset=None, **changes):

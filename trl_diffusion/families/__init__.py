@@ -61,6 +61,17 @@ def family_of(pipeline: DiffusionPipeline) -> Family:
     return family_class(type(pipeline).__name__)(pipeline)
 
 
+def sampling_kwargs(pipeline: DiffusionPipeline, **options: Any) -> dict[str, Any]:
+    """
+    Arguments of a pipeline's call, see [`~Family.sampling_kwargs`]. Pipelines of other classes are called with the
+    options as they are.
+    """
+    for family in FAMILIES:
+        if type(pipeline).__name__ == family.pipeline_class:
+            return family(pipeline).sampling_kwargs(**options)
+    return options
+
+
 def load_pipeline(model: str, **kwargs: Any) -> DiffusionPipeline:
     """
     `DiffusionPipeline.from_pretrained` with float32 weights unless `dtype` says otherwise.
@@ -196,4 +207,4 @@ def _resolve_family(
     )
 
 
-__all__ = ["FAMILIES", "Family", "family_class", "family_of", "load_pipeline", "resolve_model"]
+__all__ = ["FAMILIES", "Family", "family_class", "family_of", "load_pipeline", "resolve_model", "sampling_kwargs"]

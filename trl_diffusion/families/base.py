@@ -4,6 +4,7 @@ What most pipelines do alike stands here; a family's file holds what its own pip
 read in the pipelines of diffusers 0.42.1, and the tests compare them with what those pipelines do.
 """
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from functools import cached_property
@@ -31,6 +32,16 @@ class Posterior(NamedTuple):
     def scaled(self, shift: torch.Tensor | float, scale: torch.Tensor | float) -> "Posterior":
         """The distribution of `(latent - shift) * scale`."""
         return Posterior((self.mean - shift) * scale, None if self.std is None else self.std * scale)
+
+
+def classifier_free_guidance(scale: float, negative_prompt: str) -> dict[str, Any]:
+    """Arguments of pipelines that guide with `true_cfg_scale`, and only where they are given a negative prompt too."""
+    return {"true_cfg_scale": scale} | ({"negative_prompt": negative_prompt} if scale > 1 else {})
+
+
+def exact_size(options: dict[str, Any]) -> dict[str, Any]:
+    """For pipelines that generate at the nearest size of their own list, and resize, unless they are told not to."""
+    return options | ({"use_resolution_binning": False} if "height" in options else {})
 
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -154,6 +165,16 @@ class Family(ABC):
         posterior = self.pipeline.vae.encode(pixel_values.to(self.pipeline.vae.dtype)).latent_dist
         return Posterior(posterior.mean.float(), posterior.std.float())
 
+    def encode_prompt(self, prompts: list[str], **kwargs: Any) -> Any:
+        """
+        The pipeline's `encode_prompt` as its call uses it: what is not given has the default of the call, which is not
+        always that of `encode_prompt` (Qwen-Image: 512 tokens, and not 1024).
+        """
+        call = inspect.signature(type(self.pipeline).__call__).parameters
+        known = inspect.signature(self.pipeline.encode_prompt).parameters.keys() & call.keys() - {"prompt"}
+        defaults = {name: call[name].default for name in known if call[name].default is not inspect.Parameter.empty}
+        return self.pipeline.encode_prompt(prompts, **defaults | kwargs)
+
     @abstractmethod
     def encode_images(self, pixel_values: torch.Tensor) -> Posterior:
         """
@@ -177,6 +198,15 @@ class Family(ABC):
         if self.prompt_mask is None:
             return rows
         return [{name: part[: int(row[self.prompt_mask].sum())] for name, part in row.items()} for row in rows]
+
+    def sampling_kwargs(self, **options: Any) -> dict[str, Any]:
+        """
+        Arguments of the pipeline's call for what a user asks of every family alike.
+
+        Args:
+            **options: `guidance_scale`, `height` and `width`, as far as they are given; others are passed on.
+        """
+        return options
 
     @abstractmethod
     def denoise(self, model, x_t: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:

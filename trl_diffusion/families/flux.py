@@ -1,8 +1,10 @@
 """FLUX.1: T5 for the tokens, CLIP for the pooled embedding, a transformer over packed latents."""
 
+from typing import Any
+
 import torch
 
-from .base import JOINT_ATTENTION, Conditioning, FlowFamily
+from .base import JOINT_ATTENTION, Conditioning, FlowFamily, classifier_free_guidance
 
 
 class Flux(FlowFamily):
@@ -19,8 +21,15 @@ class Flux(FlowFamily):
         return self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
 
     def encode_prompts(self, prompts: list[str], device: torch.device) -> Conditioning:
-        embeddings, pooled, _ = self.pipeline.encode_prompt(prompts, None, device=device)
+        embeddings, pooled, _ = self.encode_prompt(prompts, device=device)
         return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
+
+    def sampling_kwargs(self, guidance_scale: float | None = None, **options: Any) -> dict[str, Any]:
+        if guidance_scale is None:
+            return options
+        if self.denoiser.config.guidance_embeds:
+            return options | {"guidance_scale": guidance_scale}
+        return options | classifier_free_guidance(guidance_scale, "")
 
     def denoise(self, model, x_t: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         pipeline, (batch, channels, height, width) = self.pipeline, x_t.shape

@@ -1,6 +1,6 @@
 """FLUX.2: Mistral 3 (Klein: Qwen3) for the prompt, a transformer over latents that are patchified and normalised."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
@@ -37,7 +37,7 @@ class Flux2(FlowFamily):
         return Posterior((latents - mean) / (variance + vae.config.batch_norm_eps).sqrt(), None)
 
     def encode_prompts(self, prompts: list[str], device: torch.device) -> Conditioning:
-        embeddings, ids = self.pipeline.encode_prompt(prompts, device=device)
+        embeddings, ids = self.encode_prompt(prompts, device=device)
         return {"encoder_hidden_states": embeddings, "txt_ids": ids}
 
     def denoise(self, model, x_t: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
@@ -63,3 +63,11 @@ class Flux2Klein(Flux2):
                 "Found a Flux2KleinPipeline with is_distilled=True, which is distilled to few steps: expected the "
                 "base model that it was distilled from."
             )
+
+    def sampling_kwargs(self, **options: Any) -> dict[str, Any]:
+        if self.pipeline.config.is_distilled and options.get("guidance_scale", 0.0) > 1:
+            raise ValueError(
+                f"Found guidance_scale={options['guidance_scale']} for a Flux2KleinPipeline with is_distilled=True, "
+                "which ignores it: leave it out."
+            )
+        return options

@@ -1,8 +1,10 @@
 """Qwen-Image: Qwen2.5-VL for the prompt, a video VAE of one frame, a transformer over packed latents."""
 
+from typing import Any
+
 import torch
 
-from .base import JOINT_ATTENTION, Conditioning, FlowFamily, Posterior
+from .base import JOINT_ATTENTION, Conditioning, FlowFamily, Posterior, classifier_free_guidance
 
 
 class QwenImage(FlowFamily):
@@ -12,6 +14,8 @@ class QwenImage(FlowFamily):
     # What the last block makes of the text.
     has_idle_parameters = True
     prompt_mask = "encoder_hidden_states_mask"
+    # What the model's card guides away from; training drops prompts to the same.
+    no_prompt = " "
     patch_size = 2
     packs_latents = True
 
@@ -42,10 +46,16 @@ class QwenImage(FlowFamily):
         return posterior.scaled(mean, 1 / std)
 
     def encode_prompts(self, prompts: list[str], device: torch.device) -> Conditioning:
-        embeddings, mask = self.pipeline.encode_prompt(prompts, device=device)
+        embeddings, mask = self.encode_prompt([prompt or self.no_prompt for prompt in prompts], device=device)
         if mask is None:  # all prompts are equally long
             mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=device)
         return {"encoder_hidden_states": embeddings, "encoder_hidden_states_mask": mask}
+
+    def sampling_kwargs(self, guidance_scale: float | None = None, **options: Any) -> dict[str, Any]:
+        # The pipeline's own `guidance_scale` is for models with an embedded one, of which there are none.
+        if guidance_scale is None:
+            return options
+        return options | classifier_free_guidance(guidance_scale, self.no_prompt)
 
     def denoise(self, model, x_t: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         pipeline, (batch, channels, height, width) = self.pipeline, x_t.shape

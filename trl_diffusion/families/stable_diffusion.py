@@ -19,9 +19,7 @@ class StableDiffusion(DDPMFamily):
             )
 
     def encode_prompts(self, prompts: list[str], device: torch.device) -> Conditioning:
-        embeddings, _ = self.pipeline.encode_prompt(
-            prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
+        embeddings, _ = self.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeddings}
 
     def denoise(self, model, x_t: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:

@@ -39,9 +39,7 @@ class StableDiffusionXL(StableDiffusion):
         return posterior.scaled(mean, config.scaling_factor / std)
 
     def encode_prompts(self, prompts: list[str], device: torch.device) -> Conditioning:
-        embeddings, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
+        embeddings, _, pooled, _ = self.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
         if self.pipeline.config.force_zeros_for_empty_prompt:
             given = torch.tensor([prompt != "" for prompt in prompts], device=embeddings.device)
             embeddings = torch.where(given[:, None, None], embeddings, 0.0)

@@ -17,7 +17,7 @@ class ZImage(FlowFamily):
 
     def encode_prompts(self, prompts: list[str], device: torch.device) -> Conditioning:
         # The pipeline writes its chat template into the list that it is given.
-        embeddings, _ = self.pipeline.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=False)
+        embeddings, _ = self.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=False)
         mask = [torch.ones(len(e), dtype=torch.bool, device=e.device) for e in embeddings]
         return {"embeddings": pad_sequence(embeddings, True), "mask": pad_sequence(mask, True)}
 
