@@ -3,25 +3,45 @@
 import copy
 import functools
 import inspect
+import json
 import math
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderTiny,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DEISMultistepScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMapEulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
+    HeliosScheduler,
+    IPNDMScheduler,
+    LCMScheduler,
+    SASolverScheduler,
+    SCMScheduler,
     StableDiffusionPipeline,
+    TCDScheduler,
+    UniPCMultistepScheduler,
 )
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -37,7 +57,7 @@ from trl_diffusion.data.draws import Draws, ExampleKey
 from trl_diffusion.data.images import ImageTransform
 from trl_diffusion.export import export_lora, export_merged, load_merged
 from trl_diffusion.families import FAMILIES, family_of, resolve_model
-from trl_diffusion.families.base import DDPMFamily
+from trl_diffusion.families.base import DDPMFamily, FlowFamily
 from trl_diffusion.families.flux2 import Flux2
 from trl_diffusion.hub import load_trained, save_policy
 from trl_diffusion.likelihood import (
@@ -853,11 +873,69 @@ def test_what_no_family_trains(name):
         family_of(pipeline).check_trainable()
 
 
-def test_schedulers_of_a_kind_that_no_pipeline_of_ours_has():
-    with pytest.raises(ValueError, match=r"Found EulerDiscreteScheduler .* expected a DDPM-like scheduler"):
-        DDPMProcess.from_scheduler(EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"))
-    with pytest.raises(ValueError, match=r"expected a flow-matching scheduler"):
-        FlowProcess.from_scheduler(FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
+FLOW_SOLVERS = [
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    SASolverScheduler,
+    UniPCMultistepScheduler,
+]
+
+
+@pytest.mark.parametrize("scheduler_class", FLOW_SOLVERS)
+def test_solvers_of_a_flow_need_its_noise_levels(scheduler_class):
+    """Without `use_flow_sigmas` they sample along the path of DDPM, whatever the denoiser predicts."""
+    for use_flow_sigmas in (True, False):
+        scheduler = scheduler_class(prediction_type="flow_prediction", use_flow_sigmas=use_flow_sigmas, flow_shift=3.0)
+        scheduler.set_timesteps(10)
+        t = scheduler.sigmas[4:5]
+        theirs, ours = scheduler._sigma_to_alpha_sigma_t(t), FlowProcess().coefficients(t, t)
+        assert all(map(torch.allclose, theirs, ours)) == use_flow_sigmas
+        if use_flow_sigmas:
+            FlowProcess.from_scheduler(scheduler)
+        else:
+            with pytest.raises(ValueError, match=r"use_flow_sigmas=False, .* another path .* set `use_flow_sigmas=Tr"):
+                FlowProcess.from_scheduler(scheduler)
+    with pytest.raises(ValueError, match=r"with use_flow_sigmas=True; expected a DDPM-like scheduler"):
+        DDPMProcess.from_scheduler(scheduler_class(prediction_type="epsilon", use_flow_sigmas=True))
+
+
+@pytest.mark.parametrize(
+    ("process", "scheduler", "problem"),
+    [
+        (DDPMProcess, EDMDPMSolverMultistepScheduler(), "without `alphas_cumprod`"),
+        (DDPMProcess, EDMEulerScheduler(), "without `alphas_cumprod`"),
+        (DDPMProcess, IPNDMScheduler(), "without `alphas_cumprod`"),
+        (DDPMProcess, FlowMatchEulerDiscreteScheduler(), "without `alphas_cumprod`"),
+        (DDPMProcess, UniPCMultistepScheduler(prediction_type="flow_prediction"), "prediction_type='flow_prediction'"),
+        (
+            DDPMProcess,
+            EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
+            "timestep_type='continuous'",
+        ),
+        (FlowProcess, FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas=True"),
+        (FlowProcess, DDIMScheduler(), "prediction_type='epsilon'"),
+        (FlowProcess, DPMSolverMultistepScheduler(use_flow_sigmas=True), "prediction_type='epsilon'"),
+        (FlowProcess, EDMEulerScheduler(), "prediction_type='epsilon'"),
+        (FlowProcess, HeliosScheduler(), "prediction_type='flow_prediction'"),
+    ],
+    ids=lambda x: type(x).__name__ if not isinstance(x, str) else "",
+)
+def test_noise_that_is_not_the_processs_is_named(process, scheduler, problem):
+    """And nobody is told to exchange the scheduler: the denoiser knows one kind of noise."""
+    with pytest.raises(ValueError) as error:
+        process.from_scheduler(scheduler)
+    message = str(error.value)
+    assert message.startswith(f"Found {type(scheduler).__name__} with")
+    assert problem in message
+    assert re.search("expected a (DDPM-like|flow-matching) scheduler", message)
+    assert "published with" in message
+    assert "from_config" not in message
+
+
+@pytest.mark.parametrize("scheduler_class", [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler])
+def test_flow_schedulers_are_known(scheduler_class):
+    FlowProcess.from_scheduler(scheduler_class(shift=3.0))
 
 
 def test_the_refiner_is_refused():
@@ -908,6 +986,248 @@ def test_a_distilled_klein_is_refused():
     pipeline.register_to_config(is_distilled=True)
     with pytest.raises(ValueError, match=r"is_distilled=True, which is distilled to few steps"):
         family_of(pipeline).check_trainable()
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "option", "value", "message"),
+    [
+        ("StableDiffusionPipeline", "unet", "out_channels", 8, r"8 output channels over 4 of input, expected 4"),
+        ("StableDiffusionXLPipeline", "unet", "out_channels", 8, r"8 output channels over 4 of input, expected 4"),
+        ("PixArtSigmaPipeline", "transformer", "out_channels", 12, r"12 output channels over 4 of input, expected 8"),
+        ("StableDiffusion3Pipeline", "transformer", "out_channels", 8, r"8 output channels over 4 of input"),
+        ("FluxPipeline", "transformer", "out_channels", 32, r"32 output channels over 16 of input, expected 16"),
+        ("Flux2Pipeline", "transformer", "out_channels", 32, r"32 output channels over 16 of input, expected 16"),
+        ("SanaPipeline", "transformer", "out_channels", 8, r"8 output channels over 4 of input, expected 4"),
+        ("QwenImagePipeline", "transformer", "out_channels", 8, r"8 output channels over 16 of input, expected 4"),
+        ("StableDiffusionPipeline", "vae", "scaling_factor", None, r"VAE with scaling_factor=None, without which a"),
+        ("StableDiffusion3Pipeline", "vae", "shift_factor", None, r"VAE with shift_factor=None, without which a St"),
+        ("FluxPipeline", "vae", "shift_factor", None, r"VAE with shift_factor=None, without which a FluxPipeline"),
+        ("ZImagePipeline", "vae", "shift_factor", None, r"VAE with shift_factor=None, without which a ZImagePipe"),
+        ("SanaPipeline", "vae", "scaling_factor", None, r"VAE with scaling_factor=None, without which a SanaPipe"),
+        ("QwenImagePipeline", "vae", "latents_mean", None, r"VAE with latents_mean=None, without which a QwenIma"),
+        ("QwenImagePipeline", "vae", "latents_std", None, r"VAE with latents_std=None, without which a QwenImag"),
+        ("StableDiffusionXLPipeline", "unet", "addition_embed_type", None, r"addition_embed_type=None, expected 'te"),
+    ],
+)
+def test_configurations_that_no_training_understands(name, part, option, value, message):
+    pipeline = BUILD[name]()
+    getattr(pipeline, part).register_to_config(**{option: value})
+    with pytest.raises(ValueError, match=message):
+        resolve_model(pipeline)
+
+
+def test_pixart_may_predict_a_variance_or_not():
+    for out_channels in (4, 8):
+        pipeline = tiny.tiny_pixart_sigma()
+        pipeline.transformer.register_to_config(out_channels=out_channels)
+        resolve_model(pipeline)
+
+
+class Unshifted(FlowFamily):
+    """As AuraFlow, whose VAE has a shift_factor of None, which its pipeline does not look at."""
+
+    pipeline_class = "UnshiftedPipeline"
+    denoiser_class = "SD3Transformer2DModel"
+
+    def encode_prompts(self, prompts, device):
+        raise NotImplementedError
+
+    def denoise(self, model, x_t, t, conditioning):
+        raise NotImplementedError
+
+
+def test_a_vae_without_a_shift():
+    pipeline = tiny.tiny_stable_diffusion_3()
+    pipeline.vae.register_to_config(shift_factor=None)
+    f = Unshifted(pipeline)
+    f.check_trainable()
+    with torch.no_grad():
+        mean = pipeline.vae.encode(pixels(16)).latent_dist.mean
+        torch.testing.assert_close(f.encode_images(pixels(16)).mean, mean * pipeline.vae.config.scaling_factor)
+
+
+@EVERY
+def test_a_tiny_vae_is_refused(name):
+    """It has no posterior, and only approximates the latents."""
+    pipeline = BUILD[name]()
+    pipeline.vae = AutoencoderTiny(latent_channels=4)
+    with pytest.raises(ValueError, match=rf"Found AutoencoderTiny as the VAE of a {name}, expected Autoencoder"):
+        resolve_model(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [
+        ("StableDiffusionPipeline", LCMScheduler()),
+        ("StableDiffusionXLPipeline", TCDScheduler()),
+        ("PixArtSigmaPipeline", LCMScheduler()),
+        ("SanaPipeline", SCMScheduler()),
+        ("FluxPipeline", FlowMatchLCMScheduler()),
+        ("QwenImagePipeline", FlowMapEulerDiscreteScheduler()),
+    ],
+)
+def test_schedulers_of_few_step_models_are_refused(name, scheduler):
+    pipeline = BUILD[name]()
+    pipeline.scheduler = scheduler
+    with pytest.raises(
+        ValueError, match=rf"Found a {name} with {type(scheduler).__name__}, .* distilled to few steps"
+    ):
+        resolve_model(pipeline)
+
+
+TRAILING = SCHEDULE | {"timestep_spacing": "trailing"}
+STATIC = {"use_dynamic_shifting": False}
+# The published schedulers of few-step models, and of base models that are like them (docs/families.md).
+SIGNS = [
+    ("StableDiffusionPipeline", {}, EulerDiscreteScheduler(**TRAILING), True),  # SD-Turbo
+    ("StableDiffusionXLPipeline", {}, EulerAncestralDiscreteScheduler(**TRAILING), True),  # SDXL-Turbo
+    ("StableDiffusionXLPipeline", {}, EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="leading"), False),
+    (
+        "StableDiffusionXLPipeline",
+        {"prediction_type": "v_prediction"},
+        EulerDiscreteScheduler(**TRAILING, prediction_type="v_prediction", rescale_betas_zero_snr=True),
+        False,
+    ),
+    ("FluxPipeline", {"guidance_embeds": False}, FlowMatchEulerDiscreteScheduler(shift=1.0, **STATIC), True),
+    ("FluxPipeline", {"guidance_embeds": True}, FlowMatchEulerDiscreteScheduler(shift=1.0, **STATIC), False),
+    (
+        "FluxPipeline",
+        {"guidance_embeds": False},
+        FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        False,
+    ),
+    ("ZImagePipeline", {}, FlowMatchEulerDiscreteScheduler(shift=3.0, **STATIC), True),
+    ("ZImagePipeline", {}, FlowMatchEulerDiscreteScheduler(shift=6.0, **STATIC), False),
+    ("StableDiffusion3Pipeline", {}, FlowMatchEulerDiscreteScheduler(shift=3.0, **STATIC), False),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "scheduler", "is_sign"), SIGNS)
+def test_signs_of_few_step_models_are_told(name, options, scheduler, is_sign):
+    pipeline = BUILD[name](**options)
+    pipeline.scheduler = scheduler
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resolve_model(pipeline)
+    told = [str(w.message) for w in caught if "distilled" in str(w.message)]
+    assert len(told) == is_sign
+    if is_sign:
+        assert told[0].startswith(f"Found a {name} ")
+
+
+@EVERY
+def test_our_pipelines_have_no_sign_of_a_few_step_model(name):
+    assert family_of(BUILD[name]()).few_step_sign() is None
+
+
+# ---- Before the weights are loaded ----------------------------------------------------------------------------------
+
+
+def save_configs(pipeline, folder) -> None:
+    """A pipeline's files without its weights."""
+    f = family_of(pipeline)
+    pipeline.save_config(folder)
+    for part in (f.denoiser_name, "vae", "scheduler"):
+        getattr(pipeline, part).save_config(folder / part)
+
+
+def edit(file, **changes) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+class LoadsWeightsError(Exception):
+    pass
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    def from_pretrained(*args, **kwargs):
+        raise LoadsWeightsError
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", from_pretrained)
+
+
+@EVERY
+def test_configuration_files_are_enough_to_refuse(tmp_path, no_weights, name):
+    pipeline = BUILD[name]()
+    f = family_of(pipeline)
+    save_configs(pipeline, tmp_path)
+    index, denoiser = tmp_path / "model_index.json", tmp_path / f.denoiser_name / "config.json"
+    with pytest.raises(LoadsWeightsError):
+        resolve_model(str(tmp_path))
+
+    def refused(file, message, **changes):
+        before = file.read_text()
+        edit(file, **changes)
+        with pytest.raises(ValueError, match=message):
+            resolve_model(str(tmp_path))
+        file.write_text(before)
+
+    refused(
+        index, r"class KandinskyPipeline, which no family handles.*'SanaPipeline'", _class_name="KandinskyPipeline"
+    )
+    refused(index, r"Found UNet3DConditionModel as", **{f.denoiser_name: ["diffusers", "UNet3DConditionModel"]})
+    refused(index, r"Found AutoencoderTiny as the VAE", vae=["diffusers", "AutoencoderTiny"])
+    refused(index, r"without scheduler, which", scheduler=[None, None])
+    refused(index, r"with LCMScheduler, which is for", scheduler=["diffusers", "LCMScheduler"])
+    refused(index, r"Found EDMEulerScheduler", scheduler=["diffusers", "EDMEulerScheduler"])
+    refused(denoiser, r"3 input channels over a VAE with 4", in_channels=3)
+    vae = json.loads((tmp_path / "vae" / "config.json").read_text())
+    for option in set(f.vae_options) & vae.keys():
+        refused(tmp_path / "vae" / "config.json", rf"VAE with {option}=None", **{option: None})
+    if name == "Flux2KleinPipeline":
+        refused(index, r"is_distilled=True", is_distilled=True)
+
+
+def test_parts_that_are_given_replace_those_of_the_files(tmp_path, no_weights):
+    save_configs(tiny.tiny_stable_diffusion(), tmp_path)
+    edit(
+        tmp_path / "model_index.json",
+        scheduler=["diffusers", "EDMEulerScheduler"],
+        vae=["diffusers", "AutoencoderTiny"],
+    )
+    given = {"scheduler": DDIMScheduler(**SCHEDULE), "vae": tiny.tiny_vae()}
+    with pytest.raises(LoadsWeightsError):
+        resolve_model(str(tmp_path), model_init_kwargs=given)
+    with pytest.raises(ValueError, match=r"Found EDMEulerScheduler without"):
+        resolve_model(str(tmp_path), model_init_kwargs={"vae": given["vae"]})
+    with pytest.raises(ValueError, match=r"without vae"):
+        resolve_model(str(tmp_path), model_init_kwargs={"vae": None})
+
+
+def test_of_a_hub_id_only_configuration_files_are_read(tmp_path, no_weights, monkeypatch):
+    save_configs(tiny.tiny_stable_diffusion_xl(), tmp_path)
+    read = []
+
+    def hf_hub_download(repo, filename, subfolder=None, **kwargs):
+        read.append((repo, subfolder, filename, kwargs["revision"], kwargs["token"]))
+        return str(tmp_path / (subfolder or "") / filename)
+
+    monkeypatch.setattr(diffusers.configuration_utils, "hf_hub_download", hf_hub_download)
+    which = {"revision": "v1", "token": "secret"}
+    with pytest.raises(LoadsWeightsError):
+        resolve_model("owner/model", model_init_kwargs=which | {"variant": "fp16", "dtype": "bfloat16"})
+    assert sorted(read, key=str) == sorted(
+        [
+            ("owner/model", None, "model_index.json", "v1", "secret"),
+            ("owner/model", "unet", "config.json", "v1", "secret"),
+            ("owner/model", "vae", "config.json", "v1", "secret"),
+            ("owner/model", "scheduler", "scheduler_config.json", "v1", "secret"),
+        ],
+        key=str,
+    )
+    read.clear()
+    edit(tmp_path / "model_index.json", _class_name="StableDiffusionXLInpaintPipeline")
+    with pytest.raises(ValueError, match=r"class StableDiffusionXLInpaintPipeline, which no family handles"):
+        resolve_model("owner/model", model_init_kwargs=which)
+    assert [filename for _, _, filename, *_ in read] == ["model_index.json"]
+
+
+def test_a_single_file_is_no_pipeline(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"The file .*model.safetensors' is no diffusers pipeline.*from_single_file"):
+        resolve_model(str(file))
 
 
 def _fp16_vae(pipeline):

@@ -14,11 +14,17 @@ class Flux(FlowFamily):
     lora_targets = JOINT_ATTENTION
     patch_size = 2
     packs_latents = True
+    vae_options = ("scaling_factor", "shift_factor")
     # What a model with an embedded guidance scale is told of it: what the pipeline samples with by default.
     guidance_scale = 3.5
 
     def default_resolution(self) -> int:
         return self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
+
+    def few_step_sign(self) -> str | None:
+        if self.denoiser.config.guidance_embeds or self.pipeline.scheduler.config.get("use_dynamic_shifting"):
+            return None
+        return "without embedded guidance whose scheduler has the same shift at all sizes, as FLUX.1-schnell has it"
 
     def encode_prompts(self, prompts: list[str], device: torch.device) -> Conditioning:
         embeddings, pooled, _ = self.encode_prompt(prompts, device=device)

@@ -15,6 +15,8 @@ class Flux2(FlowFamily):
     lora_targets: ClassVar[list[str]] = [*JOINT_ATTENTION, "to_qkv_mlp_proj"]
     patch_size = 2
     packs_latents = True
+    vae_classes = ("AutoencoderKLFlux2",)
+    vae_options = ("batch_norm_eps",)
     # What the pipeline samples with by default: the embedded guidance scale, and the steps that its shift depends on.
     guidance_scale: ClassVar[float | None] = 4.0
     num_inference_steps = 50
@@ -56,9 +58,10 @@ class Flux2Klein(Flux2):
     pipeline_class = "Flux2KleinPipeline"
     guidance_scale = None
 
-    def check_trainable(self) -> None:
-        super().check_trainable()
-        if self.pipeline.config.is_distilled:
+    @classmethod
+    def check_configs(cls, pipeline, denoiser, vae) -> None:
+        super().check_configs(pipeline, denoiser, vae)
+        if pipeline.get("is_distilled"):
             raise ValueError(
                 "Found a Flux2KleinPipeline with is_distilled=True, which is distilled to few steps: expected the "
                 "base model that it was distilled from."

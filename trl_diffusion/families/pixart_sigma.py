@@ -22,6 +22,11 @@ class PixArtSigma(DDPMFamily):
                 "the PixArtSigmaPipeline does not tell: expected `use_additional_conditions=False`."
             )
 
+    @classmethod
+    def output_channels(cls, in_channels: int) -> tuple[int, ...]:
+        # With the variance, which the pipeline and `denoise` drop, or without.
+        return (2 * in_channels, in_channels)
+
     def encode_prompts(self, prompts: list[str], device: torch.device) -> Conditioning:
         embeddings, mask, _, _ = self.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}

@@ -18,19 +18,23 @@ class QwenImage(FlowFamily):
     no_prompt = " "
     patch_size = 2
     packs_latents = True
+    vae_classes = ("AutoencoderKLQwenImage",)
+    vae_options = ("latents_mean", "latents_std")
+    latent_channels_option = "z_dim"
 
-    @property
-    def latent_channels(self) -> int:
-        return self.pipeline.vae.config.z_dim
-
-    def check_trainable(self) -> None:
-        super().check_trainable()
+    @classmethod
+    def check_configs(cls, pipeline, denoiser, vae) -> None:
+        super().check_configs(pipeline, denoiser, vae)
         for name in ("guidance_embeds", "zero_cond_t", "use_additional_t_cond"):
-            if self.denoiser.config[name]:
+            if denoiser.get(name):
                 raise ValueError(
-                    f"Found a {self.denoiser_class} with {name}=True, which the {self.pipeline_class} of diffusers "
+                    f"Found a {cls.denoiser_class} with {name}=True, which the {cls.pipeline_class} of diffusers "
                     "0.42.1 cannot call: expected the text-to-image model."
                 )
+
+    @classmethod
+    def output_channels(cls, in_channels: int) -> tuple[int, ...]:
+        return (in_channels // cls.patch_size**2,)
 
     def default_resolution(self) -> int:
         return self.pipeline.default_sample_size * self.pipeline.vae_scale_factor

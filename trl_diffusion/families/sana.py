@@ -10,10 +10,12 @@ from .base import Conditioning, FlowFamily, Posterior, exact_size
 class Sana(FlowFamily):
     pipeline_class = "SanaPipeline"
     denoiser_class = "SanaTransformer2DModel"
+    vae_classes = ("AutoencoderDC",)
 
-    def check_trainable(self) -> None:
-        super().check_trainable()
-        if self.denoiser.config.guidance_embeds:
+    @classmethod
+    def check_configs(cls, pipeline, denoiser, vae) -> None:
+        super().check_configs(pipeline, denoiser, vae)
+        if denoiser.get("guidance_embeds"):
             raise ValueError(
                 "Found a SanaTransformer2DModel that is told a guidance scale, as SANA-Sprint has it, which is "
                 "distilled to few steps: expected the model that it was distilled from."

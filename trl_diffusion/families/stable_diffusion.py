@@ -10,9 +10,10 @@ class StableDiffusion(DDPMFamily):
     denoiser_class = "UNet2DConditionModel"
     denoiser_name = "unet"
 
-    def check_trainable(self) -> None:
-        super().check_trainable()
-        if self.denoiser.config.time_cond_proj_dim is not None:
+    @classmethod
+    def check_configs(cls, pipeline, denoiser, vae) -> None:
+        super().check_configs(pipeline, denoiser, vae)
+        if denoiser.get("time_cond_proj_dim") is not None:
             raise ValueError(
                 "Found a UNet that is told a guidance scale (`time_cond_proj_dim`), as latent consistency models are: "
                 "its few steps would not survive this training; expected the model that it was distilled from."

@@ -12,6 +12,7 @@ class StableDiffusion3(FlowFamily):
     components = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler")
     lora_targets = JOINT_ATTENTION
     patch_size = 2
+    vae_options = ("scaling_factor", "shift_factor")
 
     def encode_prompts(self, prompts: list[str], device: torch.device) -> Conditioning:
         embeddings, _, pooled, _ = self.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
