@@ -1,41 +1,65 @@
 """Every model family against its own pipeline, and with every trainer."""
 
+import copy
 import functools
 import inspect
+import json
 import math
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderTiny,
     DDIMScheduler,
+    DDPMPipeline,
     DDPMScheduler,
+    DEISMultistepScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMapEulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
+    HeliosScheduler,
+    IPNDMScheduler,
+    LCMScheduler,
+    SASolverScheduler,
+    SCMScheduler,
     StableDiffusionPipeline,
+    TCDScheduler,
+    UniPCMultistepScheduler,
 )
 from diffusers.training_utils import compute_density_for_timestep_sampling
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image as PILImage
 
 from tests import tiny
 from tests.conftest import pairs, picture
 from tests.methods import METHODS, make_trainer
-from trl_diffusion import DiffusionSFTConfig, families
+from trl_diffusion import DiffusionSFTConfig, export, families, hub
+from trl_diffusion.callbacks import sample_rows
 from trl_diffusion.card import model_card
 from trl_diffusion.data.draws import Draws, ExampleKey
 from trl_diffusion.data.images import ImageTransform
-from trl_diffusion.export import export_lora, export_merged
-from trl_diffusion.families import FAMILIES, family_of
-from trl_diffusion.families.base import DDPMFamily
+from trl_diffusion.export import export_lora, export_merged, load_merged
+from trl_diffusion.families import FAMILIES, family_of, resolve_model
+from trl_diffusion.families.base import DDPMFamily, FlowFamily
 from trl_diffusion.families.flux2 import Flux2
-from trl_diffusion.hub import load_trained
+from trl_diffusion.hub import load_trained, save_policy
 from trl_diffusion.likelihood import (
     ELBO_BOUND,
     PREDICTION_TYPES,
@@ -75,6 +99,8 @@ DDPM = ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtSigmaPipe
 FLOW = [name for name in BUILD if name not in DDPM]
 EVERY = pytest.mark.parametrize("name", BUILD)
 PROMPTS = ["picture 1", "a red dog on green grass"]
+# Of more tokens than any pipeline takes.
+LONG_PROMPTS = ["a dog", "a red dog on green grass, " * 50]
 RESOLUTION = {name: 32 if name == "SanaPipeline" else 16 for name in BUILD}
 # What SDXL is told of an image that was made at this resolution.
 SIZES = [16, 16, 0, 0, 16, 16]
@@ -179,6 +205,7 @@ CALLS = [(name, {}, PROMPTS) for name in BUILD] + [
     ("FluxPipeline", {"guidance_embeds": False}, PROMPTS),
     ("QwenImagePipeline", {}, ["a dog", "a cat"]),
     ("ZImagePipeline", {}, ["a dog", "a cat"]),
+    *((name, {}, LONG_PROMPTS) for name in BUILD),
 ]
 
 
@@ -211,6 +238,26 @@ def test_the_denoiser_is_called_as_the_pipeline_calls_it(name, options, prompts)
         assert_same_call(our_call, their_call)
         assert answer.shape == x_t.shape
         torch.testing.assert_close(layout(f, answer), their_answer, rtol=1e-5, atol=1e-5)
+
+
+@EVERY
+def test_prompts_are_encoded_with_the_defaults_of_the_pipelines_call(name):
+    """Number of tokens, cleaning, instructions: `encode_prompt` may have defaults of its own."""
+    pipeline, seen = BUILD[name](), {}
+    encode = pipeline.encode_prompt
+
+    @functools.wraps(encode)
+    def recorded(*args, **kwargs):
+        bound = inspect.signature(encode).bind(*args, **kwargs)
+        bound.apply_defaults()
+        seen.update(bound.arguments)
+        return encode(*args, **kwargs)
+
+    pipeline.encode_prompt = recorded
+    family_of(pipeline).encode_prompts(["a dog"], torch.device("cpu"))
+    call = inspect.signature(type(pipeline).__call__).parameters
+    shared = (seen.keys() & call.keys()) - {"prompt", "kwargs"}
+    assert {option: seen[option] for option in shared} == {option: call[option].default for option in shared}
 
 
 @EVERY
@@ -260,6 +307,68 @@ def test_a_dropped_prompt_of_sana_is_what_the_pipeline_guides_away_from():
     encoded = f.encode_prompts(["a dog", ""], torch.device("cpu"))
     torch.testing.assert_close(encoded["encoder_hidden_states"][1:], negative)
     assert torch.equal(encoded["encoder_attention_mask"][1:], mask)
+
+
+def test_a_dropped_prompt_of_qwen_image_is_what_it_is_guided_away_from():
+    f = family("QwenImagePipeline")
+    negative = f.sampling_kwargs(guidance_scale=4.0)["negative_prompt"]
+    encoded, wanted = (f.encode_prompts(prompts, torch.device("cpu")) for prompts in ([""], [negative]))
+    torch.testing.assert_close(encoded, wanted, rtol=0, atol=0)
+
+
+# ---- Sampling -------------------------------------------------------------------------------------------------------
+
+
+def sampled(name: str, **options) -> list[np.ndarray]:
+    """Two images of no square, with the library's options."""
+    side = RESOLUTION[name]
+    (images,) = sample_rows(options.pop("pipeline"), ["a dog"], [0, 1], height=side, width=2 * side, **options)
+    return [np.array(image) for image in images]
+
+
+def sampled_by_its_call(name: str, pipeline, **options) -> list[np.ndarray]:
+    """The same, with the options of the pipeline's own call."""
+    side, generators = RESOLUTION[name], [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    images = pipeline(prompt=["a dog"] * 2, height=side, width=2 * side, generator=generators, **options).images
+    return [np.array(image) for image in images]
+
+
+GUIDED = [(name, {}) for name in BUILD] + [("FluxPipeline", {"guidance_embeds": False})]
+
+
+@pytest.mark.parametrize(("name", "options"), GUIDED, ids=str)
+def test_the_guidance_scale_reaches_every_pipeline(name, options):
+    """Whatever its call names it: 1 and 4 give other images, those of the call with the pipeline's own names."""
+    pipeline, steps = family(name, **options).pipeline, {"num_inference_steps": 2}
+    one, four = (sampled(name, pipeline=pipeline, guidance_scale=scale, **steps) for scale in (1.0, 4.0))
+    assert all((a != b).any() for a, b in zip(one, four, strict=True))
+    own = {"guidance_scale": 4.0}
+    if name == "QwenImagePipeline":
+        own = {"true_cfg_scale": 4.0, "negative_prompt": [" "] * 2}
+    elif options:
+        own = {"true_cfg_scale": 4.0, "negative_prompt": [""] * 2}
+    elif name in ("PixArtSigmaPipeline", "SanaPipeline"):
+        own |= {"use_resolution_binning": False}
+    np.testing.assert_array_equal(four, sampled_by_its_call(name, pipeline, **own, **steps))
+    # Without guidance: 1, but 0 for Z-Image, whose scale counts from there.
+    none = 0.0 if name == "ZImagePipeline" else 1.0
+    unguided = ({"guidance_scale": none} if "Flux" in name and not options else {}) | UNGUIDED[name]
+    np.testing.assert_array_equal(
+        sampled(name, pipeline=pipeline, guidance_scale=none, **steps),
+        sampled_by_its_call(name, pipeline, **unguided, **steps),
+    )
+
+
+def test_a_guidance_scale_that_the_pipeline_would_ignore_is_refused():
+    pipeline = tiny.tiny_flux2_klein()
+    pipeline.register_to_config(is_distilled=True)
+    with pytest.raises(ValueError, match=r"guidance_scale=4.0 .* is_distilled=True, which ignores it: leave it out"):
+        sample_rows(pipeline, ["a dog"], [0], guidance_scale=4.0)
+    assert family_of(pipeline).sampling_kwargs(guidance_scale=1.0, height=8) == {"guidance_scale": 1.0, "height": 8}
+
+
+def test_a_pipeline_without_a_family_is_called_as_it_is():
+    assert families.sampling_kwargs(DDPMPipeline, guidance_scale=3.0) == {"guidance_scale": 3.0}
 
 
 @EVERY
@@ -528,8 +637,8 @@ LORA = LoraConfig(r=4, lora_alpha=8)
 def shorten_prompts(pipeline) -> None:
     """The 512 tokens of FLUX.2 would take most of a training's time."""
     if isinstance(pipeline, Flux2Pipeline | Flux2KleinPipeline):
-        encode = functools.partial(type(pipeline).encode_prompt, pipeline, max_sequence_length=48)
-        pipeline.encode_prompt = encode
+        encode = pipeline.encode_prompt
+        pipeline.encode_prompt = lambda *args, **kwargs: encode(*args, **kwargs | {"max_sequence_length": 48})
 
 
 def trainer_of(folder, pipeline, method: str, peft_config=None, dataset=None, **changes):
@@ -745,14 +854,14 @@ def test_what_no_family_trains(name):
         part = getattr(pipeline, component)
         setattr(pipeline, component, None)
         with pytest.raises(ValueError, match=rf"Found a {name} without {component}|refiner"):
-            family_of(pipeline)
+            family_of(pipeline).check_trainable()
         setattr(pipeline, component, part)
     in_channels = f.denoiser.config.in_channels
     f.denoiser.register_to_config(in_channels=2 * in_channels + 1)
     with pytest.raises(
         ValueError, match=rf"{2 * in_channels + 1} input channels over a VAE with 4: expected a text-to-"
     ):
-        family_of(pipeline)
+        family_of(pipeline).check_trainable()
     f.denoiser.register_to_config(in_channels=in_channels)
     if name in FLOW:
         pipeline.scheduler = DDPMScheduler()
@@ -761,34 +870,92 @@ def test_what_no_family_trains(name):
         pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
         message = r"Found FlowMatchEulerDiscreteScheduler .* expected a DDPM-like scheduler"
     with pytest.raises(ValueError, match=message):
-        family_of(pipeline)
+        family_of(pipeline).check_trainable()
 
 
-def test_schedulers_of_a_kind_that_no_pipeline_of_ours_has():
-    with pytest.raises(ValueError, match=r"Found EulerDiscreteScheduler .* expected a DDPM-like scheduler"):
-        DDPMProcess.from_scheduler(EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"))
-    with pytest.raises(ValueError, match=r"expected a flow-matching scheduler"):
-        FlowProcess.from_scheduler(FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
+FLOW_SOLVERS = [
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    SASolverScheduler,
+    UniPCMultistepScheduler,
+]
+
+
+@pytest.mark.parametrize("scheduler_class", FLOW_SOLVERS)
+def test_solvers_of_a_flow_need_its_noise_levels(scheduler_class):
+    """Without `use_flow_sigmas` they sample along the path of DDPM, whatever the denoiser predicts."""
+    for use_flow_sigmas in (True, False):
+        scheduler = scheduler_class(prediction_type="flow_prediction", use_flow_sigmas=use_flow_sigmas, flow_shift=3.0)
+        scheduler.set_timesteps(10)
+        t = scheduler.sigmas[4:5]
+        theirs, ours = scheduler._sigma_to_alpha_sigma_t(t), FlowProcess().coefficients(t, t)
+        assert all(map(torch.allclose, theirs, ours)) == use_flow_sigmas
+        if use_flow_sigmas:
+            FlowProcess.from_scheduler(scheduler)
+        else:
+            with pytest.raises(ValueError, match=r"use_flow_sigmas=False, .* another path .* set `use_flow_sigmas=Tr"):
+                FlowProcess.from_scheduler(scheduler)
+    with pytest.raises(ValueError, match=r"with use_flow_sigmas=True; expected a DDPM-like scheduler"):
+        DDPMProcess.from_scheduler(scheduler_class(prediction_type="epsilon", use_flow_sigmas=True))
+
+
+@pytest.mark.parametrize(
+    ("process", "scheduler", "problem"),
+    [
+        (DDPMProcess, EDMDPMSolverMultistepScheduler(), "without `alphas_cumprod`"),
+        (DDPMProcess, EDMEulerScheduler(), "without `alphas_cumprod`"),
+        (DDPMProcess, IPNDMScheduler(), "without `alphas_cumprod`"),
+        (DDPMProcess, FlowMatchEulerDiscreteScheduler(), "without `alphas_cumprod`"),
+        (DDPMProcess, UniPCMultistepScheduler(prediction_type="flow_prediction"), "prediction_type='flow_prediction'"),
+        (
+            DDPMProcess,
+            EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
+            "timestep_type='continuous'",
+        ),
+        (FlowProcess, FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas=True"),
+        (FlowProcess, DDIMScheduler(), "prediction_type='epsilon'"),
+        (FlowProcess, DPMSolverMultistepScheduler(use_flow_sigmas=True), "prediction_type='epsilon'"),
+        (FlowProcess, EDMEulerScheduler(), "prediction_type='epsilon'"),
+        (FlowProcess, HeliosScheduler(), "prediction_type='flow_prediction'"),
+    ],
+    ids=lambda x: type(x).__name__ if not isinstance(x, str) else "",
+)
+def test_noise_that_is_not_the_processs_is_named(process, scheduler, problem):
+    """And nobody is told to exchange the scheduler: the denoiser knows one kind of noise."""
+    with pytest.raises(ValueError) as error:
+        process.from_scheduler(scheduler)
+    message = str(error.value)
+    assert message.startswith(f"Found {type(scheduler).__name__} with")
+    assert problem in message
+    assert re.search("expected a (DDPM-like|flow-matching) scheduler", message)
+    assert "published with" in message
+    assert "from_config" not in message
+
+
+@pytest.mark.parametrize("scheduler_class", [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler])
+def test_flow_schedulers_are_known(scheduler_class):
+    FlowProcess.from_scheduler(scheduler_class(shift=3.0))
 
 
 def test_the_refiner_is_refused():
     pipeline = tiny.tiny_stable_diffusion_xl()
     pipeline.text_encoder = None
     with pytest.raises(ValueError, match=r"second text encoder only, as the refiner has it"):
-        family_of(pipeline)
+        family_of(pipeline).check_trainable()
     pipeline = tiny.tiny_stable_diffusion_xl()
     pipeline.unet.add_embedding.linear_1 = torch.nn.Linear(5 * 8 + 16, 64)
     with pytest.raises(ValueError, match=r"told 5 numbers about an image's size, expected 6"):
-        family_of(pipeline)
+        family_of(pipeline).check_trainable()
 
 
 def test_a_vae_that_would_overflow_is_refused():
     pipeline = tiny.tiny_stable_diffusion_xl()
     pipeline.vae.half()
     with pytest.raises(ValueError, match=r"VAE in float16, in which it overflows"):
-        family_of(pipeline)
+        family_of(pipeline).check_trainable()
     pipeline.vae.register_to_config(force_upcast=False)
-    family_of(pipeline)
+    family_of(pipeline).check_trainable()
 
 
 @pytest.mark.parametrize(
@@ -811,14 +978,297 @@ def test_models_that_the_pipeline_cannot_call_are_refused(name, option, value, m
     pipeline = BUILD[name]()
     family_of(pipeline).denoiser.register_to_config(**{option: value})
     with pytest.raises(ValueError, match=message):
-        family_of(pipeline)
+        family_of(pipeline).check_trainable()
 
 
 def test_a_distilled_klein_is_refused():
     pipeline = tiny.tiny_flux2_klein()
     pipeline.register_to_config(is_distilled=True)
     with pytest.raises(ValueError, match=r"is_distilled=True, which is distilled to few steps"):
-        family_of(pipeline)
+        family_of(pipeline).check_trainable()
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "option", "value", "message"),
+    [
+        ("StableDiffusionPipeline", "unet", "out_channels", 8, r"8 output channels over 4 of input, expected 4"),
+        ("StableDiffusionXLPipeline", "unet", "out_channels", 8, r"8 output channels over 4 of input, expected 4"),
+        ("PixArtSigmaPipeline", "transformer", "out_channels", 12, r"12 output channels over 4 of input, expected 8"),
+        ("StableDiffusion3Pipeline", "transformer", "out_channels", 8, r"8 output channels over 4 of input"),
+        ("FluxPipeline", "transformer", "out_channels", 32, r"32 output channels over 16 of input, expected 16"),
+        ("Flux2Pipeline", "transformer", "out_channels", 32, r"32 output channels over 16 of input, expected 16"),
+        ("SanaPipeline", "transformer", "out_channels", 8, r"8 output channels over 4 of input, expected 4"),
+        ("QwenImagePipeline", "transformer", "out_channels", 8, r"8 output channels over 16 of input, expected 4"),
+        ("StableDiffusionPipeline", "vae", "scaling_factor", None, r"VAE with scaling_factor=None, without which a"),
+        ("StableDiffusion3Pipeline", "vae", "shift_factor", None, r"VAE with shift_factor=None, without which a St"),
+        ("FluxPipeline", "vae", "shift_factor", None, r"VAE with shift_factor=None, without which a FluxPipeline"),
+        ("ZImagePipeline", "vae", "shift_factor", None, r"VAE with shift_factor=None, without which a ZImagePipe"),
+        ("SanaPipeline", "vae", "scaling_factor", None, r"VAE with scaling_factor=None, without which a SanaPipe"),
+        ("QwenImagePipeline", "vae", "latents_mean", None, r"VAE with latents_mean=None, without which a QwenIma"),
+        ("QwenImagePipeline", "vae", "latents_std", None, r"VAE with latents_std=None, without which a QwenImag"),
+        ("StableDiffusionXLPipeline", "unet", "addition_embed_type", None, r"addition_embed_type=None, expected 'te"),
+    ],
+)
+def test_configurations_that_no_training_understands(name, part, option, value, message):
+    pipeline = BUILD[name]()
+    getattr(pipeline, part).register_to_config(**{option: value})
+    with pytest.raises(ValueError, match=message):
+        resolve_model(pipeline)
+
+
+def test_pixart_may_predict_a_variance_or_not():
+    for out_channels in (4, 8):
+        pipeline = tiny.tiny_pixart_sigma()
+        pipeline.transformer.register_to_config(out_channels=out_channels)
+        resolve_model(pipeline)
+
+
+class Unshifted(FlowFamily):
+    """As AuraFlow, whose VAE has a shift_factor of None, which its pipeline does not look at."""
+
+    pipeline_class = "UnshiftedPipeline"
+    denoiser_class = "SD3Transformer2DModel"
+
+    def encode_prompts(self, prompts, device):
+        raise NotImplementedError
+
+    def denoise(self, model, x_t, t, conditioning):
+        raise NotImplementedError
+
+
+def test_a_vae_without_a_shift():
+    pipeline = tiny.tiny_stable_diffusion_3()
+    pipeline.vae.register_to_config(shift_factor=None)
+    f = Unshifted(pipeline)
+    f.check_trainable()
+    with torch.no_grad():
+        mean = pipeline.vae.encode(pixels(16)).latent_dist.mean
+        torch.testing.assert_close(f.encode_images(pixels(16)).mean, mean * pipeline.vae.config.scaling_factor)
+
+
+@EVERY
+def test_a_tiny_vae_is_refused(name):
+    """It has no posterior, and only approximates the latents."""
+    pipeline = BUILD[name]()
+    pipeline.vae = AutoencoderTiny(latent_channels=4)
+    with pytest.raises(ValueError, match=rf"Found AutoencoderTiny as the VAE of a {name}, expected Autoencoder"):
+        resolve_model(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [
+        ("StableDiffusionPipeline", LCMScheduler()),
+        ("StableDiffusionXLPipeline", TCDScheduler()),
+        ("PixArtSigmaPipeline", LCMScheduler()),
+        ("SanaPipeline", SCMScheduler()),
+        ("FluxPipeline", FlowMatchLCMScheduler()),
+        ("QwenImagePipeline", FlowMapEulerDiscreteScheduler()),
+    ],
+)
+def test_schedulers_of_few_step_models_are_refused(name, scheduler):
+    pipeline = BUILD[name]()
+    pipeline.scheduler = scheduler
+    with pytest.raises(
+        ValueError, match=rf"Found a {name} with {type(scheduler).__name__}, .* distilled to few steps"
+    ):
+        resolve_model(pipeline)
+
+
+TRAILING = SCHEDULE | {"timestep_spacing": "trailing"}
+STATIC = {"use_dynamic_shifting": False}
+# The published schedulers of few-step models, and of base models that are like them (docs/families.md).
+SIGNS = [
+    ("StableDiffusionPipeline", {}, EulerDiscreteScheduler(**TRAILING), True),  # SD-Turbo
+    ("StableDiffusionXLPipeline", {}, EulerAncestralDiscreteScheduler(**TRAILING), True),  # SDXL-Turbo
+    ("StableDiffusionXLPipeline", {}, EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="leading"), False),
+    (
+        "StableDiffusionXLPipeline",
+        {"prediction_type": "v_prediction"},
+        EulerDiscreteScheduler(**TRAILING, prediction_type="v_prediction", rescale_betas_zero_snr=True),
+        False,
+    ),
+    ("FluxPipeline", {"guidance_embeds": False}, FlowMatchEulerDiscreteScheduler(shift=1.0, **STATIC), True),
+    ("FluxPipeline", {"guidance_embeds": True}, FlowMatchEulerDiscreteScheduler(shift=1.0, **STATIC), False),
+    (
+        "FluxPipeline",
+        {"guidance_embeds": False},
+        FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        False,
+    ),
+    ("ZImagePipeline", {}, FlowMatchEulerDiscreteScheduler(shift=3.0, **STATIC), True),
+    ("ZImagePipeline", {}, FlowMatchEulerDiscreteScheduler(shift=6.0, **STATIC), False),
+    ("StableDiffusion3Pipeline", {}, FlowMatchEulerDiscreteScheduler(shift=3.0, **STATIC), False),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "scheduler", "is_sign"), SIGNS)
+def test_signs_of_few_step_models_are_told(name, options, scheduler, is_sign):
+    pipeline = BUILD[name](**options)
+    pipeline.scheduler = scheduler
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resolve_model(pipeline)
+    told = [str(w.message) for w in caught if "distilled" in str(w.message)]
+    assert len(told) == is_sign
+    if is_sign:
+        assert told[0].startswith(f"Found a {name} ")
+
+
+@EVERY
+def test_our_pipelines_have_no_sign_of_a_few_step_model(name):
+    assert family_of(BUILD[name]()).few_step_sign() is None
+
+
+# ---- Before the weights are loaded ----------------------------------------------------------------------------------
+
+
+def save_configs(pipeline, folder) -> None:
+    """A pipeline's files without its weights."""
+    f = family_of(pipeline)
+    pipeline.save_config(folder)
+    for part in (f.denoiser_name, "vae", "scheduler"):
+        getattr(pipeline, part).save_config(folder / part)
+
+
+def edit(file, **changes) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+class LoadsWeightsError(Exception):
+    pass
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    def from_pretrained(*args, **kwargs):
+        raise LoadsWeightsError
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", from_pretrained)
+
+
+@EVERY
+def test_configuration_files_are_enough_to_refuse(tmp_path, no_weights, name):
+    pipeline = BUILD[name]()
+    f = family_of(pipeline)
+    save_configs(pipeline, tmp_path)
+    index, denoiser = tmp_path / "model_index.json", tmp_path / f.denoiser_name / "config.json"
+    with pytest.raises(LoadsWeightsError):
+        resolve_model(str(tmp_path))
+
+    def refused(file, message, **changes):
+        before = file.read_text()
+        edit(file, **changes)
+        with pytest.raises(ValueError, match=message):
+            resolve_model(str(tmp_path))
+        file.write_text(before)
+
+    refused(
+        index, r"class KandinskyPipeline, which no family handles.*'SanaPipeline'", _class_name="KandinskyPipeline"
+    )
+    refused(index, r"Found UNet3DConditionModel as", **{f.denoiser_name: ["diffusers", "UNet3DConditionModel"]})
+    refused(index, r"Found AutoencoderTiny as the VAE", vae=["diffusers", "AutoencoderTiny"])
+    refused(index, r"without scheduler, which", scheduler=[None, None])
+    refused(index, r"with LCMScheduler, which is for", scheduler=["diffusers", "LCMScheduler"])
+    refused(index, r"Found EDMEulerScheduler", scheduler=["diffusers", "EDMEulerScheduler"])
+    refused(denoiser, r"3 input channels over a VAE with 4", in_channels=3)
+    vae = json.loads((tmp_path / "vae" / "config.json").read_text())
+    for option in set(f.vae_options) & vae.keys():
+        refused(tmp_path / "vae" / "config.json", rf"VAE with {option}=None", **{option: None})
+    if name == "Flux2KleinPipeline":
+        refused(index, r"is_distilled=True", is_distilled=True)
+
+
+def test_parts_that_are_given_replace_those_of_the_files(tmp_path, no_weights):
+    save_configs(tiny.tiny_stable_diffusion(), tmp_path)
+    edit(
+        tmp_path / "model_index.json",
+        scheduler=["diffusers", "EDMEulerScheduler"],
+        vae=["diffusers", "AutoencoderTiny"],
+    )
+    given = {"scheduler": DDIMScheduler(**SCHEDULE), "vae": tiny.tiny_vae()}
+    with pytest.raises(LoadsWeightsError):
+        resolve_model(str(tmp_path), model_init_kwargs=given)
+    with pytest.raises(ValueError, match=r"Found EDMEulerScheduler without"):
+        resolve_model(str(tmp_path), model_init_kwargs={"vae": given["vae"]})
+    with pytest.raises(ValueError, match=r"without vae"):
+        resolve_model(str(tmp_path), model_init_kwargs={"vae": None})
+
+
+def test_of_a_hub_id_only_configuration_files_are_read(tmp_path, no_weights, monkeypatch):
+    save_configs(tiny.tiny_stable_diffusion_xl(), tmp_path)
+    read = []
+
+    def hf_hub_download(repo, filename, subfolder=None, **kwargs):
+        read.append((repo, subfolder, filename, kwargs["revision"], kwargs["token"]))
+        return str(tmp_path / (subfolder or "") / filename)
+
+    monkeypatch.setattr(diffusers.configuration_utils, "hf_hub_download", hf_hub_download)
+    which = {"revision": "v1", "token": "secret"}
+    with pytest.raises(LoadsWeightsError):
+        resolve_model("owner/model", model_init_kwargs=which | {"variant": "fp16", "dtype": "bfloat16"})
+    assert sorted(read, key=str) == sorted(
+        [
+            ("owner/model", None, "model_index.json", "v1", "secret"),
+            ("owner/model", "unet", "config.json", "v1", "secret"),
+            ("owner/model", "vae", "config.json", "v1", "secret"),
+            ("owner/model", "scheduler", "scheduler_config.json", "v1", "secret"),
+        ],
+        key=str,
+    )
+    read.clear()
+    edit(tmp_path / "model_index.json", _class_name="StableDiffusionXLInpaintPipeline")
+    with pytest.raises(ValueError, match=r"class StableDiffusionXLInpaintPipeline, which no family handles"):
+        resolve_model("owner/model", model_init_kwargs=which)
+    assert [filename for _, _, filename, *_ in read] == ["model_index.json"]
+
+
+def test_a_single_file_is_no_pipeline(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"The file .*model.safetensors' is no diffusers pipeline.*from_single_file"):
+        resolve_model(str(file))
+
+
+def _fp16_vae(pipeline):
+    pipeline.vae.half()
+
+
+def _unknown_schedule(pipeline):
+    pipeline.scheduler = EDMDPMSolverMultistepScheduler()
+
+
+def _distilled(pipeline):
+    pipeline.register_to_config(is_distilled=True)
+
+
+def _without_encoder(pipeline):
+    pipeline.text_encoder = None
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("StableDiffusionXLPipeline", _fp16_vae),
+        ("StableDiffusionXLPipeline", _unknown_schedule),
+        ("Flux2KleinPipeline", _distilled),
+        ("ZImagePipeline", _without_encoder),
+    ],
+)
+def test_what_cannot_be_trained_still_takes_its_adapter(tmp_path, monkeypatch, name, change):
+    """Loading an adapter and merging it need the family's names, and nothing that training needs."""
+    pipeline = BUILD[name]()
+    f = family_of(pipeline)
+    policy = get_peft_model(copy.deepcopy(f.denoiser), LoraConfig(r=2, target_modules=f.lora_targets))
+    policy.peft_config["default"].base_model_name_or_path = "base"
+    save_policy(policy, f, tmp_path)
+    change(pipeline)
+    for module in (hub, export):
+        monkeypatch.setattr(module, "load_pipeline", lambda *args, **kwargs: copy.deepcopy(pipeline))
+    for load in (load_trained, load_merged):
+        assert type(load(str(tmp_path))).__name__ == name
+    with pytest.raises(ValueError, match=r"^Found "):
+        resolve_model(pipeline)
 
 
 def test_a_lora_without_a_loader_is_no_file_of_diffusers(tmp_path):

@@ -15,6 +15,7 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 
 from .evaluation.statistics import prompt_medians
 from .evaluation.win_rate import win_rate
+from .families import sampling_kwargs
 from .rewards.base import Scorer, score_images
 
 
@@ -402,8 +403,11 @@ def sample_rows(pipeline, prompts: list[str], seeds: list[int], **kwargs) -> lis
         pipeline (`DiffusionPipeline`): The pipeline.
         prompts (`list[str]`): One row per prompt.
         seeds (`list[int]`): One image per seed, the same seeds for all prompts.
-        **kwargs: Passed to the pipeline.
+        **kwargs: Passed to the pipeline, in the terms of its family, see [`families.sampling_kwargs`].
     """
+    kwargs = sampling_kwargs(pipeline, **kwargs)
+    if isinstance(kwargs.get("negative_prompt"), str):  # some pipelines want as many as there are prompts
+        kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(seeds)
     modules = [module for module in pipeline.components.values() if isinstance(module, torch.nn.Module)]
     training = [module for module in modules if module.training]
     for module in training:

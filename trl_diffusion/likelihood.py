@@ -17,6 +17,12 @@ ELBO_BOUND = 10.0
 """Largest weight of the noise's error with `weighting="elbo"`, whose true weight has no bound where noise is faint."""
 
 
+_THE_MODELS_OWN = (
+    "load the pipeline with the scheduler that it was published with, and if this is the one, the model cannot be "
+    "trained here (the scheduler says with which noise it was trained, so another would not help)."
+)
+
+
 @dataclass(frozen=True)
 class TimestepSampling:
     """
@@ -106,18 +112,23 @@ class DDPMProcess:
         Reads the process from a diffusers scheduler of the DDPM kind (DDPM, DDIM, PNDM, Euler, DPM-Solver ...).
 
         Raises:
-            `ValueError`: if the scheduler carries no `alphas_cumprod`, tells the denoiser noise levels rather than
-                numbers of timesteps, or its prediction type is unknown.
+            `ValueError`: if the scheduler carries no `alphas_cumprod`, gives the denoiser noise levels rather than
+                numbers of timesteps, samples along another path, or its prediction type is unknown.
         """
-        alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
-        prediction_type = scheduler.config.get("prediction_type")
-        continuous = scheduler.config.get("timestep_type") == "continuous"
-        if alphas_cumprod is None or continuous or prediction_type not in PREDICTION_TYPES:
-            raise ValueError(
-                f"Found {type(scheduler).__name__} with prediction_type={prediction_type!r}; expected a DDPM-like "
-                f"scheduler with one of {PREDICTION_TYPES}: give the pipeline such a scheduler, for example "
-                "`DDPMScheduler.from_config(pipeline.scheduler.config, prediction_type='epsilon')`."
-            )
+        alphas_cumprod, config = getattr(scheduler, "alphas_cumprod", None), scheduler.config
+        prediction_type = config.get("prediction_type")
+        problems = {
+            "without `alphas_cumprod`": alphas_cumprod is None,
+            "with timestep_type='continuous'": config.get("timestep_type") == "continuous",
+            "with use_flow_sigmas=True": bool(config.get("use_flow_sigmas")),
+            f"with prediction_type={prediction_type!r}": prediction_type not in PREDICTION_TYPES,
+        }
+        for problem, found in problems.items():
+            if found:
+                raise ValueError(
+                    f"Found {type(scheduler).__name__} {problem}; expected a DDPM-like scheduler with one of "
+                    f"{PREDICTION_TYPES}: {_THE_MODELS_OWN}"
+                )
         return cls(torch.as_tensor(alphas_cumprod, dtype=torch.float32).clone(), prediction_type)
 
     def timesteps(self, u: torch.Tensor) -> torch.Tensor:
@@ -191,19 +202,26 @@ class FlowProcess:
     def from_scheduler(cls, scheduler) -> "FlowProcess":
         """
         Checks that a diffusers scheduler is one of flow matching (flow-matching Euler or Heun, or a solver such as
-        DPM-Solver with flow prediction), whose shift [`Family.timestep_shift`] reads.
+        DPM-Solver with flow prediction and flow sigmas), whose shift [`Family.timestep_shift`] reads.
 
         Raises:
             `ValueError`: if it is not.
         """
-        config = scheduler.config
-        shift = config.get("shift", config.get("flow_shift"))
-        prediction_type = config.get("prediction_type", "flow_prediction")
-        if shift is None or prediction_type != "flow_prediction" or config.get("invert_sigmas"):
+        config, classes = scheduler.config, {base.__name__ for base in type(scheduler).__mro__}
+        found = f"Found {type(scheduler).__name__} with"
+        if config.get("invert_sigmas"):
+            raise ValueError(f"{found} invert_sigmas=True; expected a flow-matching scheduler: {_THE_MODELS_OWN}")
+        if classes & {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"}:
+            return cls()
+        prediction_type = config.get("prediction_type")
+        if prediction_type != "flow_prediction" or "flow_shift" not in config:
             raise ValueError(
-                f"Found {type(scheduler).__name__} with prediction_type={config.get('prediction_type')!r}; expected a "
-                "flow-matching scheduler: give the pipeline one, for example "
-                "`FlowMatchEulerDiscreteScheduler(shift=3.0)`."
+                f"{found} prediction_type={prediction_type!r}; expected a flow-matching scheduler: {_THE_MODELS_OWN}"
+            )
+        if not config.get("use_flow_sigmas"):
+            raise ValueError(
+                f"{found} prediction_type='flow_prediction' and use_flow_sigmas=False, which samples along another "
+                "path than that of flow matching: set `use_flow_sigmas=True`."
             )
         return cls()
 

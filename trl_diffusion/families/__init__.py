@@ -1,8 +1,10 @@
 """Model families: what differs between Stable Diffusion and the others, one small file each."""
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, PipelineQuantizationConfig
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
@@ -52,12 +54,101 @@ def family_class(pipeline_class: str) -> type[Family]:
 
 def family_of(pipeline: DiffusionPipeline) -> Family:
     """
-    The family file of a pipeline, chosen by the pipeline's exact class.
+    The family file of a pipeline, chosen by the pipeline's exact class. Whether the pipeline can be trained is not
+    checked: [`~Family.check_trainable`] does that.
 
     Raises:
         `ValueError`: if no family handles this class.
     """
     return family_class(type(pipeline).__name__)(pipeline)
+
+
+def sampling_kwargs(pipeline: DiffusionPipeline, **options: Any) -> dict[str, Any]:
+    """
+    Arguments of a pipeline's call, see [`~Family.sampling_kwargs`]. Pipelines of other classes are called with the
+    options as they are.
+    """
+    for family in FAMILIES:
+        if type(pipeline).__name__ == family.pipeline_class:
+            return family(pipeline).sampling_kwargs(**options)
+    return options
+
+
+# Arguments of `from_pretrained` that say which files are meant.
+_WHICH_FILES = ("revision", "token", "cache_dir", "local_files_only")
+
+
+def _check_folder(model: str) -> None:
+    if os.path.isfile(model) or (os.path.isdir(model) and not os.path.isfile(os.path.join(model, "model_index.json"))):
+        what = "file" if os.path.isfile(model) else "folder"
+        raise ValueError(
+            f"The {what} {model!r} is no diffusers pipeline: found no model_index.json in it, expected a folder "
+            "written by `pipeline.save_pretrained`; single-file weights load with `<Pipeline>.from_single_file`, "
+            "whose result can be passed as `model`."
+        )
+
+
+def read_index(model: str, **kwargs: Any) -> dict[str, Any]:
+    """
+    The model_index.json of a pipeline: its class, and the classes of its parts.
+
+    Args:
+        model (`str`): Hub id or local folder.
+        **kwargs: Those of `DiffusionPipeline.from_pretrained`.
+
+    Raises:
+        `ValueError`: if `model` is a local folder that holds no diffusers pipeline.
+    """
+    _check_folder(model)
+    index: Any = DiffusionPipeline.load_config(model, **{k: v for k, v in kwargs.items() if k in _WHICH_FILES})
+    return index
+
+
+def check_before_loading(model: str, **kwargs: Any) -> None:
+    """
+    Refuses what cannot be trained as far as configuration files tell it, without the weights, which may take long to
+    load: the class of the pipeline, of its denoiser and of its VAE, their configurations, and the scheduler.
+
+    Args:
+        model (`str`): Hub id or local folder.
+        **kwargs: Those of `DiffusionPipeline.from_pretrained`; the parts among them replace those of the files.
+
+    Raises:
+        `ValueError`: see [`~Family.check_trainable`].
+    """
+    if kwargs.get("custom_pipeline") is not None:
+        return
+    index = read_index(model, **kwargs)
+    which = {k: v for k, v in kwargs.items() if k in _WHICH_FILES}
+    family = family_class(index["_class_name"])
+    parts: dict[str, Any] = {}
+    for name in (family.denoiser_name, *family.components):
+        library, class_name = index.get(name) or (None, None)
+        if name in kwargs:
+            parts[name] = None if kwargs[name] is None else type(kwargs[name])
+        elif class_name is None:
+            parts[name] = None
+        else:
+            parts[name] = getattr(diffusers, class_name, object) if library == "diffusers" else object
+    family.check_parts(parts)
+    denoiser = parts[family.denoiser_name]
+    if denoiser is not object and family.denoiser_class not in {base.__name__ for base in denoiser.__mro__}:
+        raise ValueError(
+            f"Found {denoiser.__name__} as the {family.denoiser_name} of a {family.pipeline_class}, expected "
+            f"{family.denoiser_class}: load the text-to-image model."
+        )
+
+    def config_of(name: str) -> Any:
+        if name in kwargs:
+            return kwargs[name].config
+        return {} if parts[name] is object else parts[name].load_config(model, subfolder=name, **which)
+
+    configs = {name: config_of(name) for name in (family.denoiser_name, "vae", "scheduler")}
+    family.check_configs({**index, **kwargs}, configs[family.denoiser_name], configs["vae"])
+    if parts["scheduler"] is not object:
+        scheduler = kwargs.get("scheduler") or parts["scheduler"].from_config(configs["scheduler"])
+        pipeline: Any = SimpleNamespace(scheduler=scheduler)
+        family(pipeline).check_scheduler()
 
 
 def load_pipeline(model: str, **kwargs: Any) -> DiffusionPipeline:
@@ -71,12 +162,7 @@ def load_pipeline(model: str, **kwargs: Any) -> DiffusionPipeline:
     Raises:
         `ValueError`: if `model` is a local folder that holds no diffusers pipeline.
     """
-    if os.path.isdir(model) and not os.path.isfile(os.path.join(model, "model_index.json")):
-        raise ValueError(
-            f"The folder {model!r} is no diffusers pipeline: found no model_index.json in it, expected a folder "
-            "written by `pipeline.save_pretrained`; single-file weights load with `<Pipeline>.from_single_file`, "
-            "whose result can be passed as `model`."
-        )
+    _check_folder(model)
     dtype = kwargs.pop("dtype", None) or torch.float32
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
@@ -106,11 +192,8 @@ def pipeline_quantization(
             "expected one of diffusers: `diffusers.BitsAndBytesConfig`, `diffusers.TorchAoConfig`, or a "
             "`diffusers.PipelineQuantizationConfig`, which quantizes other parts of the pipeline too."
         )
-    known = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
-    index: Any = DiffusionPipeline.load_config(model, **known)
-    return PipelineQuantizationConfig(
-        quant_mapping={family_class(index["_class_name"]).denoiser_name: quantization_config}
-    )
+    denoiser_name = family_class(read_index(model, **kwargs)["_class_name"]).denoiser_name
+    return PipelineQuantizationConfig(quant_mapping={denoiser_name: quantization_config})
 
 
 def resolve_model(
@@ -120,7 +203,7 @@ def resolve_model(
     quantization_config: PipelineQuantizationConfig | QuantizationConfigMixin | None = None,
 ) -> Family:
     """
-    The family, with its pipeline, of whatever a user may pass as `model`.
+    The family, with its pipeline, of whatever a user may pass as the `model` of a trainer.
 
     Args:
         model (`str`, `DiffusionPipeline` or `ModelMixin`):
@@ -134,8 +217,20 @@ def resolve_model(
 
     Raises:
         `TypeError`: if `model` is none of these.
-        `ValueError`: if the arguments do not belong together, or the pipeline's family is unknown.
+        `ValueError`: if the arguments do not belong together, the pipeline's family is unknown, or the pipeline cannot
+            be trained as it is.
     """
+    family = _resolve_family(model, processing_class, model_init_kwargs, quantization_config)
+    family.check_trainable()
+    return family
+
+
+def _resolve_family(
+    model: "str | DiffusionPipeline | ModelMixin",
+    processing_class: DiffusionPipeline | None,
+    model_init_kwargs: dict[str, Any] | None,
+    quantization_config: PipelineQuantizationConfig | QuantizationConfigMixin | None,
+) -> Family:
     if quantization_config is not None and not isinstance(model, str):
         raise ValueError(
             f"`quantization_config` is for a model that is loaded here; found an instantiated {type(model).__name__}: "
@@ -171,6 +266,7 @@ def resolve_model(
         )
     if isinstance(model, str):
         kwargs = dict(model_init_kwargs or {})
+        check_before_loading(model, **kwargs)
         if quantization_config is not None:
             kwargs["quantization_config"] = pipeline_quantization(model, quantization_config, **kwargs)
         return family_of(load_pipeline(model, **kwargs))
@@ -183,4 +279,4 @@ def resolve_model(
     )
 
 
-__all__ = ["FAMILIES", "Family", "family_class", "family_of", "load_pipeline", "resolve_model"]
+__all__ = ["FAMILIES", "Family", "family_class", "family_of", "load_pipeline", "resolve_model", "sampling_kwargs"]

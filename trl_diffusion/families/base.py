@@ -4,8 +4,12 @@ What most pipelines do alike stands here; a family's file holds what its own pip
 read in the pipelines of diffusers 0.42.1, and the tests compare them with what those pipelines do.
 """
 
+import inspect
 import math
+import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -32,20 +36,43 @@ class Posterior(NamedTuple):
         return Posterior((self.mean - shift) * scale, None if self.std is None else self.std * scale)
 
 
+def classifier_free_guidance(scale: float, negative_prompt: str) -> dict[str, Any]:
+    """Arguments of pipelines that guide with `true_cfg_scale`, and only where they are given a negative prompt too."""
+    return {"true_cfg_scale": scale} | ({"negative_prompt": negative_prompt} if scale > 1 else {})
+
+
+def exact_size(options: dict[str, Any]) -> dict[str, Any]:
+    """For pipelines that generate at the nearest size of their own list, and resize, unless they are told not to."""
+    return options | ({"use_resolution_binning": False} if "height" in options else {})
+
+
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 JOINT_ATTENTION = [*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 """The same for transformers in which the tokens of image and prompt attend to one another."""
+
+
+FEW_STEP_SCHEDULERS = (
+    "LCMScheduler",
+    "TCDScheduler",
+    "SCMScheduler",
+    "CMStochasticIterativeScheduler",
+    "FlowMatchLCMScheduler",
+    "FlowMapEulerDiscreteScheduler",
+    "HeliosDMDScheduler",
+    "PiflowScheduler",
+)
+"""Schedulers of models that are distilled to few steps."""
 
 
 class Family(ABC):
     """
     One model family, bound to a pipeline.
 
-    Args:
-        pipeline (`DiffusionPipeline`): A complete pipeline of the family.
+    Generating images, loading adapters and exporting need nothing but the family's names, so nothing is checked here:
+    the trainers call [`check_trainable`].
 
-    Raises:
-        `ValueError`: if the pipeline cannot be trained as it is.
+    Args:
+        pipeline (`DiffusionPipeline`): A pipeline of the family.
     """
 
     pipeline_class: ClassVar[str]
@@ -56,6 +83,12 @@ class Family(ABC):
     """The pipeline's attribute that is trained, e.g. `"unet"`."""
     components: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "tokenizer", "scheduler")
     """The pipeline's other attributes without which it cannot be trained."""
+    vae_classes: ClassVar[tuple[str, ...]] = ("AutoencoderKL", "AsymmetricAutoencoderKL")
+    """Names of the VAE's classes whose `encode` is known."""
+    vae_options: ClassVar[tuple[str, ...]] = ("scaling_factor",)
+    """Entries of the VAE's configuration without which the pipeline cannot decode latents."""
+    latent_channels_option: ClassVar[str] = "latent_channels"
+    """Entry of the VAE's configuration with the number of latent channels."""
     lora_targets: ClassVar[list[str]] = ATTENTION
     """Modules that LoRA adapts when the PEFT configuration names none."""
     timestep_sampling: ClassVar[str] = "uniform"
@@ -78,8 +111,11 @@ class Family(ABC):
 
     def __init__(self, pipeline: DiffusionPipeline):
         self.pipeline: Any = pipeline
-        self.check()
-        self.process = self.noise_process()
+
+    @cached_property
+    def process(self) -> Any:
+        """How images are corrupted, read from the pipeline's scheduler once: sampling cannot disturb the training."""
+        return self.noise_process()
 
     @property
     def denoiser(self) -> ModelMixin:
@@ -101,22 +137,107 @@ class Family(ABC):
 
     @property
     def latent_channels(self) -> int:
-        return self.pipeline.vae.config.latent_channels
+        return self.pipeline.vae.config[self.latent_channels_option]
 
-    def check(self) -> None:
-        """Raises `ValueError` where the pipeline cannot be trained as it is."""
-        missing = [name for name in (self.denoiser_name, *self.components) if getattr(self.pipeline, name) is None]
+    def check_trainable(self) -> None:
+        """
+        Checks what training needs of the pipeline, and reads the noise process.
+
+        Raises:
+            `ValueError`: if the pipeline cannot be trained as it is.
+        """
+        parts = {name: getattr(self.pipeline, name) for name in (self.denoiser_name, *self.components)}
+        self.check_parts({name: None if part is None else type(part) for name, part in parts.items()})
+        self.check_configs(self.pipeline.config, self.denoiser.config, self.pipeline.vae.config)
+        self.check_scheduler()
+        sign = self.few_step_sign()
+        if sign is not None:
+            warnings.warn(
+                f"Found a {self.pipeline_class} {sign}: if it is one, it forgets to generate in few steps while it "
+                "trains, so train the model that it was distilled from.",
+                stacklevel=2,
+            )
+
+    @classmethod
+    def check_parts(cls, found: Mapping[str, type | None]) -> None:
+        """
+        Checks the pipeline's parts. Like [`check_configs`] it needs no weights, and is called before they are loaded.
+
+        Args:
+            found (`dict[str, type]`): Classes of the parts by name: None where there is none, `object` if not known.
+
+        Raises:
+            `ValueError`: if one is missing, or the VAE is of a class whose latents are not those of the denoiser.
+        """
+        missing = [name for name, part in found.items() if part is None]
         if missing:
             raise ValueError(
-                f"Found a {self.pipeline_class} without {missing[0]}, which training needs: load the whole pipeline."
+                f"Found a {cls.pipeline_class} without {missing[0]}, which training needs: load the whole pipeline."
             )
-        expected = self.latent_channels * (self.patch_size**2 if self.packs_latents else 1)
-        if self.denoiser.config.in_channels != expected:
+        vae = found.get("vae", object) or object
+        if vae is not object and not {part.__name__ for part in vae.__mro__} & set(cls.vae_classes):
             raise ValueError(
-                f"Found a {self.denoiser_class} with {self.denoiser.config.in_channels} input channels over a VAE "
-                f"with {self.latent_channels}: expected a text-to-image {self.denoiser_class}, whose input "
-                f"is the latent alone, in {expected} channels (those for inpainting or control take more)."
+                f"Found {vae.__name__} as the VAE of a {cls.pipeline_class}, expected {cls.vae_classes[0]}: load the "
+                "pipeline with the VAE that its denoiser was trained with."
             )
+
+    @classmethod
+    def check_configs(cls, pipeline: Mapping[str, Any], denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
+        """
+        Checks the configurations of pipeline, denoiser and VAE, in which older files lack newer entries.
+
+        Raises:
+            `ValueError`: if such a model cannot be trained.
+        """
+        empty = [name for name in cls.vae_options if name in vae and vae[name] is None]
+        if empty:
+            raise ValueError(
+                f"Found a VAE with {empty[0]}=None, without which a {cls.pipeline_class} cannot decode latents: set "
+                f"it, for example `pipeline.vae.register_to_config({empty[0]}=...)`."
+            )
+        found, latent = denoiser.get("in_channels"), vae.get(cls.latent_channels_option)
+        if found is None or latent is None:
+            return
+        expected = latent * (cls.patch_size**2 if cls.packs_latents else 1)
+        if found != expected:
+            raise ValueError(
+                f"Found a {cls.denoiser_class} with {found} input channels over a VAE with {latent}: expected a "
+                f"text-to-image {cls.denoiser_class}, whose input is the latent alone, in {expected} channels (those "
+                "for inpainting or control take more)."
+            )
+        predicted, known = denoiser.get("out_channels"), cls.output_channels(found)
+        if predicted is not None and predicted not in known:
+            raise ValueError(
+                f"Found a {cls.denoiser_class} with {predicted} output channels over {found} of input, expected "
+                f"{known[0]}: what it predicts besides (a variance, for twice as many) is not supported."
+            )
+
+    @classmethod
+    def output_channels(cls, in_channels: int) -> tuple[int, ...]:
+        """Numbers of channels that [`denoise`] knows to handle as the denoiser's output."""
+        return (in_channels,)
+
+    def check_scheduler(self) -> None:
+        """
+        Checks the scheduler alone, and reads the noise process.
+
+        Raises:
+            `ValueError`: if it is one of few-step models, or of an unknown noise process.
+        """
+        name = type(self.pipeline.scheduler).__name__
+        if name in FEW_STEP_SCHEDULERS:
+            raise ValueError(
+                f"Found a {self.pipeline_class} with {name}, which is for models that are distilled to few steps: "
+                "expected the model that it was distilled from, with its own scheduler."
+            )
+        self.process = self.noise_process()
+
+    def few_step_sign(self) -> str | None:
+        """
+        What in the configuration is as few-step models have it, and the base models of the family do not. Others may
+        have it, so that it is a reason to warn and not to refuse.
+        """
+        return None
 
     @abstractmethod
     def noise_process(self) -> NoiseProcess:
@@ -147,6 +268,16 @@ class Family(ABC):
         posterior = self.pipeline.vae.encode(pixel_values.to(self.pipeline.vae.dtype)).latent_dist
         return Posterior(posterior.mean.float(), posterior.std.float())
 
+    def encode_prompt(self, prompts: list[str], **kwargs: Any) -> Any:
+        """
+        The pipeline's `encode_prompt` as its call uses it: what is not given has the default of the call, which is not
+        always that of `encode_prompt` (Qwen-Image: 512 tokens, and not 1024).
+        """
+        call = inspect.signature(type(self.pipeline).__call__).parameters
+        known = inspect.signature(self.pipeline.encode_prompt).parameters.keys() & call.keys() - {"prompt"}
+        defaults = {name: call[name].default for name in known if call[name].default is not inspect.Parameter.empty}
+        return self.pipeline.encode_prompt(prompts, **defaults | kwargs)
+
     @abstractmethod
     def encode_images(self, pixel_values: torch.Tensor) -> Posterior:
         """
@@ -171,6 +302,15 @@ class Family(ABC):
             return rows
         return [{name: part[: int(row[self.prompt_mask].sum())] for name, part in row.items()} for row in rows]
 
+    def sampling_kwargs(self, **options: Any) -> dict[str, Any]:
+        """
+        Arguments of the pipeline's call for what a user asks of every family alike.
+
+        Args:
+            **options: `guidance_scale`, `height` and `width`, as far as they are given; others are passed on.
+        """
+        return options
+
     @abstractmethod
     def denoise(self, model, x_t: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """
@@ -191,6 +331,13 @@ class DDPMFamily(Family):
 
     def noise_process(self) -> DDPMProcess:
         return DDPMProcess.from_scheduler(self.pipeline.scheduler)
+
+    def few_step_sign(self) -> str | None:
+        config = self.pipeline.scheduler.config
+        trailing = config.get("timestep_spacing") == "trailing" and not config.get("rescale_betas_zero_snr")
+        if not trailing or self.process.prediction_type != "epsilon":
+            return None
+        return "whose scheduler has timestep_spacing='trailing', as those of SD-Turbo and SDXL-Turbo have"
 
     def encode_images(self, pixel_values: torch.Tensor) -> Posterior:
         return self.posterior(pixel_values).scaled(0.0, self.pipeline.vae.config.scaling_factor)
@@ -224,4 +371,4 @@ class FlowFamily(Family):
 
     def encode_images(self, pixel_values: torch.Tensor) -> Posterior:
         config = self.pipeline.vae.config
-        return self.posterior(pixel_values).scaled(config.shift_factor, config.scaling_factor)
+        return self.posterior(pixel_values).scaled(config.get("shift_factor") or 0.0, config.scaling_factor)

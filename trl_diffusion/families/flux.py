@@ -1,8 +1,10 @@
 """FLUX.1: T5 for the tokens, CLIP for the pooled embedding, a transformer over packed latents."""
 
+from typing import Any
+
 import torch
 
-from .base import JOINT_ATTENTION, Conditioning, FlowFamily
+from .base import JOINT_ATTENTION, Conditioning, FlowFamily, classifier_free_guidance
 
 
 class Flux(FlowFamily):
@@ -13,15 +15,28 @@ class Flux(FlowFamily):
     comfyui_modules = ".+"
     patch_size = 2
     packs_latents = True
+    vae_options = ("scaling_factor", "shift_factor")
     # What a model with an embedded guidance scale is told of it: what the pipeline samples with by default.
     guidance_scale = 3.5
 
     def default_resolution(self) -> int:
         return self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
 
+    def few_step_sign(self) -> str | None:
+        if self.denoiser.config.guidance_embeds or self.pipeline.scheduler.config.get("use_dynamic_shifting"):
+            return None
+        return "without embedded guidance whose scheduler has the same shift at all sizes, as FLUX.1-schnell has it"
+
     def encode_prompts(self, prompts: list[str], device: torch.device) -> Conditioning:
-        embeddings, pooled, _ = self.pipeline.encode_prompt(prompts, None, device=device)
+        embeddings, pooled, _ = self.encode_prompt(prompts, device=device)
         return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
+
+    def sampling_kwargs(self, guidance_scale: float | None = None, **options: Any) -> dict[str, Any]:
+        if guidance_scale is None:
+            return options
+        if self.denoiser.config.guidance_embeds:
+            return options | {"guidance_scale": guidance_scale}
+        return options | classifier_free_guidance(guidance_scale, "")
 
     def denoise(self, model, x_t: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         pipeline, (batch, channels, height, width) = self.pipeline, x_t.shape

@@ -1,6 +1,6 @@
 """FLUX.2: Mistral 3 (Klein: Qwen3) for the prompt, a transformer over latents that are patchified and normalised."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
@@ -17,6 +17,8 @@ class Flux2(FlowFamily):
     comfyui_modules = r"(single_)?transformer_blocks\..+|x_embedder|context_embedder|norm_out\.linear|proj_out"
     patch_size = 2
     packs_latents = True
+    vae_classes = ("AutoencoderKLFlux2",)
+    vae_options = ("batch_norm_eps",)
     # What the pipeline samples with by default: the embedded guidance scale, and the steps that its shift depends on.
     guidance_scale: ClassVar[float | None] = 4.0
     num_inference_steps = 50
@@ -39,7 +41,7 @@ class Flux2(FlowFamily):
         return Posterior((latents - mean) / (variance + vae.config.batch_norm_eps).sqrt(), None)
 
     def encode_prompts(self, prompts: list[str], device: torch.device) -> Conditioning:
-        embeddings, ids = self.pipeline.encode_prompt(prompts, device=device)
+        embeddings, ids = self.encode_prompt(prompts, device=device)
         return {"encoder_hidden_states": embeddings, "txt_ids": ids}
 
     def denoise(self, model, x_t: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
@@ -58,10 +60,19 @@ class Flux2Klein(Flux2):
     pipeline_class = "Flux2KleinPipeline"
     guidance_scale = None
 
-    def check(self) -> None:
-        super().check()
-        if self.pipeline.config.is_distilled:
+    @classmethod
+    def check_configs(cls, pipeline, denoiser, vae) -> None:
+        super().check_configs(pipeline, denoiser, vae)
+        if pipeline.get("is_distilled"):
             raise ValueError(
                 "Found a Flux2KleinPipeline with is_distilled=True, which is distilled to few steps: expected the "
                 "base model that it was distilled from."
             )
+
+    def sampling_kwargs(self, **options: Any) -> dict[str, Any]:
+        if self.pipeline.config.is_distilled and options.get("guidance_scale", 0.0) > 1:
+            raise ValueError(
+                f"Found guidance_scale={options['guidance_scale']} for a Flux2KleinPipeline with is_distilled=True, "
+                "which ignores it: leave it out."
+            )
+        return options

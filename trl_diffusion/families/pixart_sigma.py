@@ -1,8 +1,10 @@
 """PixArt-Sigma: T5 for the prompt, a transformer that answers a variance beside the noise, which is not used."""
 
+from typing import Any
+
 import torch
 
-from .base import Conditioning, DDPMFamily
+from .base import Conditioning, DDPMFamily, exact_size
 
 
 class PixArtSigma(DDPMFamily):
@@ -12,20 +14,25 @@ class PixArtSigma(DDPMFamily):
     loads_lora = False
     patch_size = 2
 
-    def check(self) -> None:
-        super().check()
+    def check_trainable(self) -> None:
+        super().check_trainable()
         if self.denoiser.config.use_additional_conditions or self.denoiser.use_additional_conditions:
             raise ValueError(
                 "Found a PixArtTransformer2DModel that is told size and aspect ratio, as PixArt-Alpha has it, which "
                 "the PixArtSigmaPipeline does not tell: expected `use_additional_conditions=False`."
             )
 
+    @classmethod
+    def output_channels(cls, in_channels: int) -> tuple[int, ...]:
+        # With the variance, which the pipeline and `denoise` drop, or without.
+        return (2 * in_channels, in_channels)
+
     def encode_prompts(self, prompts: list[str], device: torch.device) -> Conditioning:
-        # `clean_caption` as the pipeline's call has it by default.
-        embeddings, mask, _, _ = self.pipeline.encode_prompt(
-            prompts, do_classifier_free_guidance=False, device=device, clean_caption=True
-        )
+        embeddings, mask, _, _ = self.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
+
+    def sampling_kwargs(self, **options: Any) -> dict[str, Any]:
+        return exact_size(options)
 
     def denoise(self, model, x_t: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         answer = model(

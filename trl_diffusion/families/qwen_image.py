@@ -1,8 +1,10 @@
 """Qwen-Image: Qwen2.5-VL for the prompt, a video VAE of one frame, a transformer over packed latents."""
 
+from typing import Any
+
 import torch
 
-from .base import JOINT_ATTENTION, Conditioning, FlowFamily, Posterior
+from .base import JOINT_ATTENTION, Conditioning, FlowFamily, Posterior, classifier_free_guidance
 
 
 class QwenImage(FlowFamily):
@@ -13,21 +15,27 @@ class QwenImage(FlowFamily):
     # What the last block makes of the text.
     has_idle_parameters = True
     prompt_mask = "encoder_hidden_states_mask"
+    # What the model's card guides away from; training drops prompts to the same.
+    no_prompt = " "
     patch_size = 2
     packs_latents = True
+    vae_classes = ("AutoencoderKLQwenImage",)
+    vae_options = ("latents_mean", "latents_std")
+    latent_channels_option = "z_dim"
 
-    @property
-    def latent_channels(self) -> int:
-        return self.pipeline.vae.config.z_dim
-
-    def check(self) -> None:
-        super().check()
+    @classmethod
+    def check_configs(cls, pipeline, denoiser, vae) -> None:
+        super().check_configs(pipeline, denoiser, vae)
         for name in ("guidance_embeds", "zero_cond_t", "use_additional_t_cond"):
-            if self.denoiser.config[name]:
+            if denoiser.get(name):
                 raise ValueError(
-                    f"Found a {self.denoiser_class} with {name}=True, which the {self.pipeline_class} of diffusers "
+                    f"Found a {cls.denoiser_class} with {name}=True, which the {cls.pipeline_class} of diffusers "
                     "0.42.1 cannot call: expected the text-to-image model."
                 )
+
+    @classmethod
+    def output_channels(cls, in_channels: int) -> tuple[int, ...]:
+        return (in_channels // cls.patch_size**2,)
 
     def default_resolution(self) -> int:
         return self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
@@ -43,10 +51,16 @@ class QwenImage(FlowFamily):
         return posterior.scaled(mean, 1 / std)
 
     def encode_prompts(self, prompts: list[str], device: torch.device) -> Conditioning:
-        embeddings, mask = self.pipeline.encode_prompt(prompts, device=device)
+        embeddings, mask = self.encode_prompt([prompt or self.no_prompt for prompt in prompts], device=device)
         if mask is None:  # all prompts are equally long
             mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=device)
         return {"encoder_hidden_states": embeddings, "encoder_hidden_states_mask": mask}
+
+    def sampling_kwargs(self, guidance_scale: float | None = None, **options: Any) -> dict[str, Any]:
+        # The pipeline's own `guidance_scale` is for models with an embedded one, of which there are none.
+        if guidance_scale is None:
+            return options
+        return options | classifier_free_guidance(guidance_scale, self.no_prompt)
 
     def denoise(self, model, x_t: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         pipeline, (batch, channels, height, width) = self.pipeline, x_t.shape

@@ -1,19 +1,21 @@
 """Sana: Gemma 2 for the prompt, a deep-compression autoencoder, a transformer with linear attention."""
 
-import inspect
+from typing import Any
 
 import torch
 
-from .base import Conditioning, FlowFamily, Posterior
+from .base import Conditioning, FlowFamily, Posterior, exact_size
 
 
 class Sana(FlowFamily):
     pipeline_class = "SanaPipeline"
     denoiser_class = "SanaTransformer2DModel"
+    vae_classes = ("AutoencoderDC",)
 
-    def check(self) -> None:
-        super().check()
-        if self.denoiser.config.guidance_embeds:
+    @classmethod
+    def check_configs(cls, pipeline, denoiser, vae) -> None:
+        super().check_configs(pipeline, denoiser, vae)
+        if denoiser.get("guidance_embeds"):
             raise ValueError(
                 "Found a SanaTransformer2DModel that is told a guidance scale, as SANA-Sprint has it, which is "
                 "distilled to few steps: expected the model that it was distilled from."
@@ -31,20 +33,20 @@ class Sana(FlowFamily):
         return Posterior(latents, None).scaled(0.0, vae.config.scaling_factor)
 
     def encode_prompts(self, prompts: list[str], device: torch.device) -> Conditioning:
-        def encode(texts: list[str], instruction: list[str] | None) -> tuple[torch.Tensor, torch.Tensor]:
-            return self.pipeline.encode_prompt(
-                texts, do_classifier_free_guidance=False, device=device, complex_human_instruction=instruction
-            )[:2]
+        def encode(texts: list[str], **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.encode_prompt(texts, device=device, do_classifier_free_guidance=False, **options)[:2]
 
-        # What the pipeline puts before a prompt, but not where there is none.
-        instruction = inspect.signature(self.pipeline.__call__).parameters["complex_human_instruction"].default
-        embeddings, mask = encode(prompts, instruction)
+        embeddings, mask = encode(prompts)
         empty = torch.tensor([prompt == "" for prompt in prompts], device=embeddings.device)
         if empty.any():
-            embeddings_of_none, mask_of_none = encode([""], None)
+            # The instruction that the pipeline puts before a prompt is not put where there is none.
+            embeddings_of_none, mask_of_none = encode([""], complex_human_instruction=None)
             embeddings = torch.where(empty[:, None, None], embeddings_of_none, embeddings)
             mask = torch.where(empty[:, None], mask_of_none, mask)
         return {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
+
+    def sampling_kwargs(self, **options: Any) -> dict[str, Any]:
+        return exact_size(options)
 
     def denoise(self, model, x_t: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         scale = self.pipeline.scheduler.config.num_train_timesteps * self.denoiser.config.timestep_scale

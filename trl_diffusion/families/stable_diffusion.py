@@ -10,18 +10,17 @@ class StableDiffusion(DDPMFamily):
     denoiser_class = "UNet2DConditionModel"
     denoiser_name = "unet"
 
-    def check(self) -> None:
-        super().check()
-        if self.denoiser.config.time_cond_proj_dim is not None:
+    @classmethod
+    def check_configs(cls, pipeline, denoiser, vae) -> None:
+        super().check_configs(pipeline, denoiser, vae)
+        if denoiser.get("time_cond_proj_dim") is not None:
             raise ValueError(
                 "Found a UNet that is told a guidance scale (`time_cond_proj_dim`), as latent consistency models are: "
                 "its few steps would not survive this training; expected the model that it was distilled from."
             )
 
     def encode_prompts(self, prompts: list[str], device: torch.device) -> Conditioning:
-        embeddings, _ = self.pipeline.encode_prompt(
-            prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
+        embeddings, _ = self.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeddings}
 
     def denoise(self, model, x_t: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:

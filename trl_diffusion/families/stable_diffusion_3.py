@@ -13,11 +13,10 @@ class StableDiffusion3(FlowFamily):
     lora_targets = JOINT_ATTENTION
     comfyui_modules = ".+"
     patch_size = 2
+    vae_options = ("scaling_factor", "shift_factor")
 
     def encode_prompts(self, prompts: list[str], device: torch.device) -> Conditioning:
-        embeddings, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts, None, None, device=device, do_classifier_free_guidance=False
-        )
+        embeddings, _, pooled, _ = self.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
 
     def denoise(self, model, x_t: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:

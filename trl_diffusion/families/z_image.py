@@ -12,13 +12,20 @@ class ZImage(FlowFamily):
     comfyui_modules = ".+"
     prompt_mask = "mask"
     patch_size = 2
+    vae_options = ("scaling_factor", "shift_factor")
 
     def default_resolution(self) -> int:
         return 1024
 
+    def few_step_sign(self) -> str | None:
+        config = self.pipeline.scheduler.config
+        if config.get("use_dynamic_shifting") or config.get("shift") != 3.0:
+            return None
+        return "whose scheduler has a shift of 3, as that of Z-Image-Turbo has (Z-Image: 6)"
+
     def encode_prompts(self, prompts: list[str], device: torch.device) -> Conditioning:
         # The pipeline writes its chat template into the list that it is given.
-        embeddings, _ = self.pipeline.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=False)
+        embeddings, _ = self.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=False)
         mask = [torch.ones(len(e), dtype=torch.bool, device=e.device) for e in embeddings]
         return {"embeddings": pad_sequence(embeddings, True), "mask": pad_sequence(mask, True)}
 
