@@ -14,6 +14,7 @@ import pytest
 from datasets import Dataset, Features, Image, IterableDataset, Value, load_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image as PILImage
 
 from tests.conftest import picture, unpaired
 from trl_diffusion.cli import main
@@ -573,6 +574,28 @@ def test_contradictions_and_repetitions_against_brute_force(rows):
     assert problems(report) == {name: places for name, places in expected.items() if places}
 
 
+def test_what_training_does_to_the_images_is_counted():
+    clear = picture(0).convert("RGBA")
+    clear.putpixel((3, 4), (1, 2, 3, 254))
+    turned = PILImage.Exif()
+    turned[0x0112] = 6
+    animation, upright = io.BytesIO(), io.BytesIO()
+    picture(1).save(animation, "png", save_all=True, append_images=[picture(2)])
+    picture(3, (20, 40)).save(upright, "png", exif=turned)
+    images = [clear, picture(0).convert("RGBA"), animation.getvalue(), upright.getvalue(), picture(4, (16, 17))]
+    rows = [("a", {"bytes": i, "path": None} if isinstance(i, bytes) else i, True) for i in images]
+    report = inspect_dataset(make_unpaired(rows))
+    assert (report.transparent, report.animated) == (1, 1)
+    assert report.sizes == {(16, 16): 3, (40, 20): 1, (16, 17): 1}
+    # A square keeps half of the wide image and 16/17 of the last one.
+    assert report.cropped([(16, 16)]) == 1
+    assert report.cropped([(16, 16)], share=0.05) == 2
+    assert report.cropped([(16, 16), (16, 32)]) == 0
+    assert [report.upscaled(buckets) for buckets in ([(16, 16)], [(17, 17)], [(16, 16), (24, 48)])] == [0, 4, 1]
+    report = inspect_dataset(make_unpaired(rows), decode=False)
+    assert (report.transparent, report.animated) == (None, 1)
+
+
 def test_inspection_errors():
     with pytest.raises(ValueError, match=r"Found the columns \['caption'.*expected prompt, chosen, rejected or"):
         inspect_dataset(pickapic())
@@ -661,6 +684,9 @@ def test_inspect_command(pickapic_folder, capsys):
         "paired data: 5 rows, 3 different prompts",
         "images: 10, of which 6 differ",
         "sizes: 16 x 16 (10); 1 in all, sides from 16 to 16",
+        "crops: 0 images lose more than 10 % of their area to a square",
+        "transparent: 0 images, which training composites on white",
+        "animated: 0 images, of which training reads the first frame",
         "row 0: prompt 'cat'; chosen '16 x 16 PNG'; rejected '16 x 16 PNG'",
         "empty_prompt: 1 rows without a prompt",
         "contradiction: 2 rows that others contradict",
@@ -668,8 +694,12 @@ def test_inspect_command(pickapic_folder, capsys):
     ):
         assert line in text
     assert "row 3" not in text
-    main(["data", "inspect", "pickapic", "--dataset_name", pickapic_folder, "--layout", "unpaired"])
-    assert "labels: 5 liked (83.3%), 1 disliked" in capsys.readouterr().out
+    command = ["data", "inspect", "pickapic", "--dataset_name", pickapic_folder, "--layout", "unpaired"]
+    main([*command, "--resolution", "16x24", "24x16"])
+    text = capsys.readouterr().out
+    assert "labels: 5 liked (83.3%), 1 disliked" in text
+    assert "crops: 6 images lose more than 10 % of their area to 16x24 or 24x16" in text
+    assert "enlarged: 6 images are smaller than 16x24 or 24x16" in text
 
 
 def test_convert_command(pickapic_folder, tmp_path, capsys):

@@ -1,20 +1,22 @@
 """From files to batches: image modes, resize and crop, draws per row, pairs, columns."""
 
 import io
+import struct
+import warnings
+import zlib
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, IterableDataset, Value
-from diffusers.utils import load_image
 from PIL import Image as PILImage
-from PIL import ImageOps
+from PIL import ImageCms, ImageOps
 
 from tests.conftest import picture, unpaired
 from tests.tiny import tiny_stable_diffusion
 from trl_diffusion import DiffusionKTOConfig, DiffusionKTOTrainer, unpair_preference_dataset
-from trl_diffusion.data import select_preferred
+from trl_diffusion.data import inspect_dataset, select_preferred
 from trl_diffusion.data.draws import Draws, ExampleKey
 from trl_diffusion.data.examples import ExampleBuilder, Examples, StreamingExamples, collate
 from trl_diffusion.data.images import ImageTransform
@@ -44,72 +46,219 @@ def to_pixels(image: PILImage.Image) -> torch.Tensor:
 # ---- Image modes ----------------------------------------------------------------------------------------------------
 
 
-def sixteen_bit() -> PILImage.Image:
-    return PILImage.fromarray(np.random.default_rng(0).integers(0, 65536, (16, 16), dtype=np.uint16))
+NUMBERS = np.random.default_rng(0)
+RGB = NUMBERS.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+ALPHA = NUMBERS.integers(0, 256, (16, 16), dtype=np.uint8)
+LEVELS = NUMBERS.integers(0, 65536, (16, 16), dtype=np.uint16)
+GREY = RGB[..., 0]
 
 
-def transparent(mode: str) -> PILImage.Image:
-    image = picture(1).convert(mode)
-    image.putalpha(picture(2, mode="L"))
-    return image
+def on_white(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    share = alpha[..., None] / 255
+    return colours * share + 255 * (1 - share)
 
 
-def transparent_palette() -> PILImage.Image:
-    image = picture(3).quantize(8)
-    image.info["transparency"] = 2
-    return image
+def stored(image: PILImage.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
-FILES = {
-    "RGB": ("png", lambda: picture(0)),
-    "grey": ("png", lambda: picture(0, mode="L")),
-    "grey jpeg": ("jpeg", lambda: picture(0, mode="L")),
-    "LA": ("png", lambda: transparent("L")),
-    "RGBA": ("png", lambda: transparent("RGB")),
-    "palette": ("png", lambda: picture(0).quantize(8)),
-    "palette with transparency": ("png", transparent_palette),
-    "gif": ("gif", lambda: picture(0).quantize(8)),
-    "CMYK": ("jpeg", lambda: picture(0, mode="CMYK")),
-    "CMYK tiff": ("tiff", lambda: picture(0, mode="CMYK")),
-    "16 bit": ("png", sixteen_bit),
-    "1 bit": ("png", lambda: picture(0, mode="1")),
-    "float": ("tiff", lambda: picture(0, mode="F")),
-    "webp": ("webp", lambda: transparent("RGB")),
+def with_alpha(colours: np.ndarray) -> PILImage.Image:
+    return PILImage.fromarray(np.dstack([colours, ALPHA]))
+
+
+def palette() -> tuple[PILImage.Image, np.ndarray]:
+    """An image of a palette, and its colours."""
+    image = PILImage.fromarray(RGB).quantize(8)
+    return image, np.array(image.getpalette()[:24]).reshape(8, 3)[np.asarray(image)]
+
+
+def keyed_palette() -> tuple[bytes, np.ndarray]:
+    image, colours = palette()
+    return stored(image, "png", transparency=2), np.where((np.asarray(image) == 2)[..., None], 255, colours)
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def key_of_16_bits() -> bytes:
+    """A 16-bit PNG in which the level of the first pixel is transparent; the header ends at byte 33."""
+    plain = stored(PILImage.fromarray(LEVELS), "png")
+    return plain[:33] + png_chunk(b"tRNS", struct.pack(">H", LEVELS[0, 0])) + plain[33:]
+
+
+def rgb_of_16_bits() -> bytes:
+    """Which Pillow cannot write."""
+    wide = NUMBERS.integers(0, 256, RGB.shape, dtype=np.uint16) + 256 * RGB.astype(np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in wide)
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
+
+
+def cmyk() -> tuple[PILImage.Image, np.ndarray]:
+    inks = NUMBERS.integers(0, 256, (16, 16, 4), dtype=np.uint8)
+    return PILImage.fromarray(inks, "CMYK"), (255.0 - inks[..., :3]) * (255.0 - inks[..., 3:]) / 255
+
+
+def ycbcr() -> tuple[PILImage.Image, np.ndarray]:
+    numbers = NUMBERS.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    y, cb, cr = np.moveaxis(numbers.astype(float), 2, 0) - [[[0]], [[128]], [[128]]]
+    colours = np.stack([y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb], axis=2)
+    return PILImage.fromarray(numbers, "YCbCr"), colours.clip(0, 255)
+
+
+def lab() -> tuple[PILImage.Image, np.ndarray]:
+    """Greys, whose lightness and colour have a formula: CIE 1976 and the curve of sRGB."""
+    lightness = np.linspace(0, 255, 256).reshape(16, 16).astype(np.uint8)
+    numbers = np.dstack([lightness, np.full((16, 16, 2), 128, np.uint8)])
+    light = lightness / 255 * 100
+    linear = np.where(light > 8, ((light + 16) / 116) ** 3, light / 903.3)
+    curve = np.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear)
+    image = PILImage.new("LAB", (16, 16))
+    image.frombytes(((numbers.astype(int) - [0, 128, 128]) % 256).astype(np.uint8).tobytes())
+    return image, np.repeat(255 * curve[..., None], 3, axis=2)
+
+
+def animated(kind: str) -> bytes:
+    first, second = (PILImage.fromarray(pixels) for pixels in (RGB, 255 - RGB))
+    if kind == "gif":
+        first, second = palette()[0], second.quantize(8)
+    return stored(first, kind, save_all=True, append_images=[second], **({"lossless": True} if kind == "webp" else {}))
+
+
+def black_and_white() -> PILImage.Image:
+    return PILImage.fromarray(GREY > 127)
+
+
+# What is stored, the pixels that it means, and how far integer arithmetic may be from them.
+MODES = {
+    "RGB": lambda: (stored(PILImage.fromarray(RGB), "png"), RGB, 0),
+    "grey": lambda: (stored(PILImage.fromarray(GREY), "png"), GREY, 0),
+    "1 bit": lambda: (stored(black_and_white(), "png"), 255 * (GREY > 127), 0),
+    "1 bit tiff": lambda: (stored(black_and_white(), "tiff"), 255 * (GREY > 127), 0),
+    "palette": lambda: (stored(palette()[0], "png"), palette()[1], 0),
+    "gif": lambda: (stored(palette()[0], "gif"), palette()[1], 0),
+    "RGBA": lambda: (stored(with_alpha(RGB), "png"), on_white(RGB, ALPHA), 1),
+    "RGBA webp": lambda: (stored(with_alpha(RGB), "webp", lossless=True, exact=True), on_white(RGB, ALPHA), 1),
+    "RGBA tiff": lambda: (stored(with_alpha(RGB), "tiff"), on_white(RGB, ALPHA), 1),
+    "LA": lambda: (stored(with_alpha(GREY), "png"), on_white(np.dstack([GREY] * 3), ALPHA), 1),
+    "opaque RGBA": lambda: (stored(PILImage.fromarray(RGB).convert("RGBA"), "png"), RGB, 0),
+    "palette with a key": lambda: (*keyed_palette(), 0),
+    "RGB with a key": lambda: (
+        stored(PILImage.fromarray(RGB), "png", transparency=tuple(RGB[0, 0].tolist())),
+        np.where((RGB == RGB[0, 0]).all(axis=2, keepdims=True), 255, RGB),
+        0,
+    ),
+    "grey with a key": lambda: (
+        stored(PILImage.fromarray(GREY), "png", transparency=int(GREY[0, 0])),
+        np.where(GREY == GREY[0, 0], 255, GREY),
+        0,
+    ),
+    "16 bit": lambda: (stored(PILImage.fromarray(LEVELS), "png"), LEVELS / 257, 0.5),
+    "16 bit with a key": lambda: (key_of_16_bits(), np.where(LEVELS == LEVELS[0, 0], 255, LEVELS / 257), 0.5),
+    "16 bit tiff": lambda: (stored(PILImage.fromarray(LEVELS), "tiff"), LEVELS / 257, 0.5),
+    "16 bit big-endian tiff": lambda: (stored(PILImage.fromarray(LEVELS.astype(">u2")), "tiff"), LEVELS / 257, 0.5),
+    "16 bit ppm": lambda: (stored(PILImage.fromarray(LEVELS), "ppm"), LEVELS / 257, 0.5),
+    "16 bit jpeg 2000": lambda: (stored(PILImage.fromarray(LEVELS), "jpeg2000"), LEVELS / 257, 0.5),
+    "16 bit RGB": lambda: (rgb_of_16_bits(), RGB, 0),
+    "CMYK tiff": lambda: (stored((image := cmyk())[0], "tiff"), image[1], 1),
+    "YCbCr tiff": lambda: (stored((image := ycbcr())[0], "tiff", compression="tiff_lzw"), image[1], 2),
+    "LAB tiff": lambda: (stored((image := lab())[0], "tiff"), image[1], 2),
+    "animated gif": lambda: (animated("gif"), palette()[1], 0),
+    "animated webp": lambda: (animated("webp"), RGB, 0),
+    "animated png": lambda: (animated("png"), RGB, 0),
+    "uint16 array": lambda: (LEVELS, LEVELS / 257, 0.5),
+    "uint8 array": lambda: (RGB, RGB, 0),
+    "16 bit in memory": lambda: (PILImage.fromarray(LEVELS), LEVELS / 257, 0.5),
+    "RGBA in memory": lambda: (with_alpha(RGB), on_white(RGB, ALPHA), 1),
+    "CMYK in memory": lambda: ((image := cmyk())[0], image[1], 1),
+    # By the library's own words: an ICC profile changes nothing.
+    "ICC profile": lambda: (stored(PILImage.fromarray(RGB), "png", icc_profile=adobe_like()), RGB, 0),
 }
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("name", FILES)
-def test_image_modes_are_converted_as_diffusers_does(tmp_path, name, streaming):
-    kind, make = FILES[name]
-    path = tmp_path / f"image.{kind}"
-    image = make()
-    image.save(path, transparency=image.info.get("transparency")) if "transp" in name else image.save(path)
-    dataset = Dataset.from_dict(
-        {"prompt": ["p"], "image": [str(path)], "label": [True]},
-        features=Features({"prompt": Value("string"), "image": Image(), "label": Value("bool")}),
-    )
+def adobe_like() -> bytes:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
+
+
+def one_image(value) -> Dataset:
+    image = {"bytes": value, "path": None} if isinstance(value, bytes) else value
+    features = Features({"prompt": Value("string"), "image": Image(), "label": Value("bool")})
+    return Dataset.from_dict({"prompt": ["p"], "image": [image], "label": [True]}, features=features)
+
+
+def first_example(dataset: Dataset, streaming: bool) -> dict:
     if streaming:
-        example = next(iter(StreamingExamples(dataset.to_iterable_dataset(), builder(), training=True)))
-    else:
-        example = Examples(dataset, [builder()])[0]
-    expected = load_image(str(path))
-    assert expected.size == (16, 16)
-    assert example["pixel_values"].dtype == torch.float32
-    torch.testing.assert_close(example["pixel_values"], to_pixels(expected)[None], rtol=0, atol=1e-6)
+        return next(iter(StreamingExamples(dataset.to_iterable_dataset(), builder(), training=True)))
+    return Examples(dataset, [builder()])[0]
+
+
+@pytest.mark.filterwarnings("ignore:Found transparent images")
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", MODES)
+def test_image_modes(name, streaming):
+    value, expected, tolerance = MODES[name]()
+    expected = np.broadcast_to(expected[..., None] if expected.ndim == 2 else expected, (16, 16, 3))
+    pixels = first_example(one_image(value), streaming)["pixel_values"][0]
+    assert pixels.dtype == torch.float32
+    found = (pixels.permute(1, 2, 0).numpy() + 1) * 127.5
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance + 1e-3)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (np.full((16, 16), 0.5, np.float32), "floats"),
+        (np.full((16, 16), 0.5, np.float64), "floats"),
+        (np.full((16, 16), 200, np.int32), "32-bit integers"),
+        (np.full((16, 16), 200, np.int64), "32-bit integers"),
+        (stored(PILImage.fromarray(np.full((16, 16), 0.5, np.float32)), "tiff"), "floats"),
+        (stored(PILImage.fromarray(np.full((16, 16), 70_000, np.int32)), "tiff"), "32-bit integers"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Downcasting")
+def test_an_unknown_range_is_refused_with_its_row(value, kind, streaming):
+    message = rf"The image in row 0 cannot be read \(found {kind}, whose range is unknown; expected 8 or 16 bits"
+    with pytest.raises(ValueError, match=message):
+        first_example(one_image(value), streaming)
+    report = inspect_dataset(one_image(value), decode=not streaming)
+    assert report.problems["broken_image"].tolist() == [True]
+
+
+@pytest.mark.parametrize(("name", "count"), [("RGBA", 1), ("16 bit with a key", 1), ("opaque RGBA", 0), ("RGB", 0)])
+def test_transparency_is_said(name, count):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            first_example(one_image(MODES[name]()[0]), streaming=False)
+    said = [str(warning.message) for warning in caught]
+    assert said == count * ["Found transparent images: they are composited on white."]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied_once(tmp_path, orientation):
-    path = tmp_path / "image.png"
+@pytest.mark.parametrize("sixteen_bits", [False, True])
+def test_exif_orientation_is_applied_once(orientation, sixteen_bits):
+    # How to bring the stored rows and columns upright, by the standard's figure.
+    upright = {
+        1: lambda a: a,
+        2: np.fliplr,
+        3: lambda a: np.rot90(a, 2),
+        4: np.flipud,
+        5: lambda a: a.swapaxes(0, 1),
+        6: lambda a: np.rot90(a, -1),
+        7: lambda a: np.rot90(a.swapaxes(0, 1), 2),
+        8: np.rot90,
+    }[orientation]
     exif = PILImage.Exif()
     exif[0x0112] = orientation
-    picture(0).save(path, exif=exif)
-    dataset = Dataset.from_dict({"prompt": ["p"], "image": [str(path)], "label": [True]}).cast_column("image", Image())
-    pixels = Examples(dataset, [builder()])[0]["pixel_values"][0]
-    torch.testing.assert_close(pixels, to_pixels(load_image(str(path))), rtol=0, atol=1e-6)
-    upright = to_pixels(picture(0))
-    assert torch.equal(pixels, upright) == (orientation == 1)
+    pixels = LEVELS if sixteen_bits else RGB
+    data = one_image(stored(PILImage.fromarray(pixels), "png", exif=exif))
+    found = (first_example(data, streaming=False)["pixel_values"][0].permute(1, 2, 0).numpy() + 1) * 127.5
+    expected = np.dstack(3 * [upright(LEVELS) / 257]) if sixteen_bits else upright(RGB)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0.501 if sixteen_bits else 1e-3)
 
 
 # ---- Resize, crop, flip ---------------------------------------------------------------------------------------------

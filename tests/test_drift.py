@@ -120,6 +120,7 @@ ATTRIBUTES = {
     "datasets.Dataset._fingerprint": "attribute",
     "transformers.Trainer._globalstep_last_logged": "attribute",
     "diffusers.UNet2DConditionModel._hf_peft_config_loaded": "value",
+    "datasets.Dataset._indices": "attribute",
     "transformers.integrations.WandbCallback._initialized": "attribute",
     "transformers.integrations.TrackioCallback._initialized": "attribute",
     "diffusers.ModelMixin._no_split_modules": "value",

@@ -10,16 +10,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import pyarrow as pa
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from tests.conftest import pairs, picture, unpaired
+from tests.conftest import embed, pairs, picture, unpaired
 from tests.test_families import BUILD, RESOLUTION
 from tests.test_methods import ALL, BOTH, assert_equal, logged, losses, trained, trainer_of, weights
 from tests.tiny import tiny_stable_diffusion
-from trl_diffusion.data import features
+from trl_diffusion import unpair_preference_dataset
+from trl_diffusion.data import embed_pairs, features, from_folders, from_kto_csv, select_preferred
+from trl_diffusion.data.cache import data_fingerprint
 from trl_diffusion.data.draws import ExampleKey
 
 
@@ -312,6 +315,124 @@ def test_a_killed_run_leaves_nothing_that_is_used(tmp_path, cache):
     assert [folder.name[:12] for folder in kept(cache)] == ["_incomplete-"]
     trainer_of("dpo", tmp_path, cache_features=True)
     assert [folder.name[:9] for folder in kept(cache)] == ["features-"]
+
+
+def test_an_incomplete_cache_entry_is_computed_again(tmp_path, cache, caplog):
+    """Whatever is missing or cut off: what was written is compared with what is there."""
+    options = {"cache_features": True, "precompute_ref_log_probs": True, "num_ref_draws": 1}
+    trainer_of("dpo", tmp_path, **options)
+    whole = {file: file.read_bytes() for folder in kept(cache) for file in folder.iterdir()}
+    assert {file.name for file in whole} >= {"dtypes.json", "errors-00000.arrow", "latents-00000.arrow"}
+    for damaged in whole:
+        for damage in (damaged.unlink, lambda file=damaged: os.truncate(file, file.stat().st_size // 2)):
+            caplog.clear()
+            damage()
+            trainer_of("dpo", tmp_path, **options)
+            assert f"The cache entry {damaged.parent} is incomplete: it is removed and computed again." in caplog.text
+            assert {file: file.read_bytes() for file in whole} == whole
+    caplog.clear()
+    with calls() as count:
+        trainer_of("dpo", tmp_path, **options)
+    assert count["vae"] == 0
+    assert not caplog.text
+
+
+def in_files(folder: Path) -> datasets.Dataset:
+    folder.mkdir()
+    for i in range(4):
+        picture(i).save(folder / f"{i}.png")
+    columns = {"prompt": ["p"] * 4, "label": [True, False] * 2, "image": [str(folder / f"{i}.png") for i in range(4)]}
+    return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+
+
+def as_pairs(folder: Path) -> datasets.Dataset:
+    rows = in_files(folder).cast_column("image", datasets.Image(decode=False))["image"][:]
+    columns = {"prompt": ["p"] * 2, "chosen": rows[:2], "rejected": rows[2:]}
+    return datasets.Dataset.from_dict(columns, features=pairs(1).features)
+
+
+def as_csv(folder: Path) -> datasets.Dataset:
+    in_files(folder)
+    lines = ["file_name,caption,split", *(f"{i}.png,p,exclusive_{['win', 'lose'][i % 2]}" for i in range(4))]
+    (folder / "a.csv").write_text("\n".join(lines))
+    return from_kto_csv(folder / "a.csv", folder)
+
+
+def as_folders(folder: Path) -> datasets.Dataset:
+    in_files(folder)
+    for i in range(4):
+        (folder / f"{i}.txt").write_text("p")
+    return from_folders(folder, folder)
+
+
+def as_imagefolder(folder: Path) -> datasets.Dataset:
+    in_files(folder)
+    return datasets.load_dataset("imagefolder", data_dir=str(folder), split="train")
+
+
+NAMED_FILES = {
+    "cast": in_files,
+    "not decoded": lambda folder: in_files(folder).cast_column("image", datasets.Image(decode=False)),
+    "selected": lambda folder: in_files(folder).select([2, 1]),
+    "shuffled": lambda folder: in_files(folder).shuffle(seed=0),
+    "concatenated": lambda folder: datasets.concatenate_datasets([unpaired(3), in_files(folder)]),
+    "pairs": as_pairs,
+    "unpaired pairs": lambda folder: unpair_preference_dataset(as_pairs(folder)),
+    "preferred": lambda folder: select_preferred(as_pairs(folder)),
+    "csv": as_csv,
+    "folders": as_folders,
+    "imagefolder": as_imagefolder,
+}
+
+
+@pytest.mark.parametrize("kind", NAMED_FILES)
+def test_the_fingerprint_follows_the_files_that_rows_name(tmp_path, cache, kind):
+    dataset = NAMED_FILES[kind](tmp_path / "images")
+    before, file = data_fingerprint(dataset), tmp_path / "images" / "1.png"
+    assert data_fingerprint(dataset) == before
+    time = file.stat().st_mtime_ns
+    picture(100, (24, 24)).save(file)
+    os.utime(file, ns=(time, time))  # another size
+    changed = data_fingerprint(dataset)
+    os.utime(file, ns=(time, time + 1))
+    assert len({before, changed, data_fingerprint(dataset)}) == 3
+    file.unlink()
+    assert data_fingerprint(dataset) not in (before, changed)
+
+
+def test_the_fingerprint_follows_no_other_file(tmp_path, monkeypatch):
+    dataset = in_files(tmp_path / "images")
+    selected = dataset.select([2, 3])
+    before = data_fingerprint(selected)
+    (tmp_path / "images" / "1.png").unlink()
+    assert data_fingerprint(selected) == before
+    # Of images with bytes the path is but a name, whatever lies in the working directory.
+    monkeypatch.chdir(tmp_path / "images")
+    data = (tmp_path / "images" / "2.png").read_bytes()
+    rows = [{"prompt": "p", "image": {"bytes": data, "path": "2.png"}, "label": True}]
+    stored = datasets.Dataset(pa.Table.from_pylist(rows)).cast(unpaired(1).features)
+    assert data_fingerprint(stored) == stored._fingerprint
+    urls = [{"prompt": "p", "image": {"bytes": None, "path": "hf://datasets/a/b/2.png"}, "label": True}]
+    assert data_fingerprint(datasets.Dataset.from_list(urls, features=unpaired(1).features))
+
+
+def test_a_replaced_image_file_computes_everything_again(tmp_path, cache):
+    data = as_pairs(tmp_path / "images")
+    options = {"cache_features": True, "precompute_ref_log_probs": True, "num_ref_draws": 1}
+    options |= {"resolution": [16, "8x16"], "per_device_train_batch_size": 1}
+    first = trainer_of("dpo", tmp_path, data, **options)
+    same = trainer_of("dpo", tmp_path, data, **options)
+    picture(100, (16, 8)).save(tmp_path / "images" / "0.png")
+    other = trainer_of("dpo", tmp_path, data, **options)
+    for column in ("latents", "ref_errors"):
+        assert same.train_dataset[column][:] == first.train_dataset[column][:]
+        assert other.train_dataset[column][0] != first.train_dataset[column][0]
+        assert other.train_dataset[column][1] == first.train_dataset[column][1]
+    assert (same.buckets(same.train_dataset).tolist(), other.buckets(other.train_dataset).tolist()) == ([0, 0], [1, 0])
+    before = embed_pairs(data, embed, "tiny")
+    picture(101).save(tmp_path / "images" / "0.png")
+    after = embed_pairs(data, embed, "tiny")
+    assert before["chosen_embedding"][0] != after["chosen_embedding"][0]
 
 
 def test_the_encoders_leave_the_device_and_come_back_to_draw(tmp_path, monkeypatch):

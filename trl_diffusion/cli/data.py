@@ -8,6 +8,7 @@ from pathlib import Path
 from datasets import load_dataset
 
 from ..data import converters
+from ..data.buckets import Size, parse_sizes, show_size
 from ..data.formats import AnyDataset
 from ..data.inspection import PROBLEMS, DataReport, inspect_dataset, write_parquet
 
@@ -163,6 +164,12 @@ def make_parser() -> argparse.ArgumentParser:
             layout.add_options(options)
             options.add_argument("--first_rows", type=int, default=3, help="how many rows to show (3)")
             options.add_argument(
+                "--resolution",
+                nargs="+",
+                help="training sizes, such as 1024 or 832x1216, for which to count crops and enlargements (without: "
+                "crops to a square)",
+            )
+            options.add_argument(
                 "--headers_only",
                 action="store_true",
                 help="do not decode the images: faster, but files that are cut off count as good",
@@ -177,8 +184,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def describe(report: DataReport, counts: dict[str, int]) -> str:
-    """The report in words."""
+def describe(report: DataReport, counts: dict[str, int], buckets: list[Size] | None) -> str:
+    """The report in words. Without `buckets` crops are those to a square, and nothing is said of enlargements."""
     lines = [f"{name.replace('_', ' ')}: {number:,}" for name, number in counts.items()]
     lines.append(f"{report.layout} data: {report.rows:,} rows, {report.prompts:,} different prompts")
     if report.liked is not None and report.rows:
@@ -189,6 +196,15 @@ def describe(report: DataReport, counts: dict[str, int]) -> str:
         common = ", ".join(f"{width} x {height} ({n:,})" for (width, height), n in report.sizes.most_common(5))
         sides = [side for size in report.sizes for side in size]
         lines.append(f"sizes: {common}; {len(report.sizes):,} in all, sides from {min(sides)} to {max(sides)}")
+        target = " or ".join(map(show_size, buckets)) if buckets else "a square"
+        lines.append(
+            f"crops: {report.cropped(buckets or [(1, 1)]):,} images lose more than 10 % of their area to {target}"
+        )
+        if buckets:
+            lines.append(f"enlarged: {report.upscaled(buckets):,} images are smaller than {target}")
+    if report.transparent is not None:
+        lines.append(f"transparent: {report.transparent:,} images, which training composites on white")
+    lines.append(f"animated: {report.animated:,} images, of which training reads the first frame")
     for i, row in enumerate(report.first_rows):
         lines.append(f"row {i}: " + "; ".join(f"{name} {value!r}"[:100] for name, value in row.items()))
     lines += [f"{name}: {int(report.problems[name].sum()):,} {text}" for name, text in PROBLEMS.items()]
@@ -199,10 +215,11 @@ def run(argv: list[str]) -> None:
     """Streams: neither command needs more memory for more rows than some dozen bytes each."""
     args = make_parser().parse_args(argv)
     layout = LAYOUTS[args.source]
+    buckets = parse_sizes(args.resolution) if args.resolution else None
     counts = layout.count(args)
     dataset = layout.load(args)
     report = inspect_dataset(dataset, decode=not args.headers_only, first_rows=args.first_rows)
-    print(describe(report, counts))
+    print(describe(report, counts, buckets))
     if args.command == "inspect":
         return
     policies = {problem: getattr(args, problem) for problem in PROBLEMS}

@@ -11,14 +11,11 @@ from datasets.utils.file_utils import xopen
 from PIL import Image as PILImage
 
 from .cache import computed_columns, fingerprint
-from .images import read_image
+from .images import read_image, upright_size
 
 
 Size = tuple[int, int]
 """Height and width in pixels."""
-
-_TURNED = (5, 6, 7, 8)
-"""The EXIF orientations that exchange height and width."""
 
 
 def parse_sizes(resolution: Any) -> list[Size]:
@@ -67,9 +64,7 @@ def _header_size(image: Mapping[str, Any]) -> Size:
         io.BytesIO(image["bytes"]) if image["bytes"] is not None else xopen(image["path"], "rb") as file,
         PILImage.open(file) as opened,
     ):
-        # The base class's method: that of PNG images decodes them, because their orientation may stand at the end.
-        orientation = PILImage.Image.getexif(opened).get(0x0112)
-        return opened.size if orientation in _TURNED else opened.size[::-1]
+        return upright_size(opened)[::-1]
 
 
 def image_sizes(dataset: Dataset, column: str) -> np.ndarray:

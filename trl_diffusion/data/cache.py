@@ -1,5 +1,7 @@
 """What is computed once for a data set and kept on disk."""
 
+import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -9,21 +11,65 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, Image, concatenate_datasets
 from datasets.fingerprint import Hasher, generate_random_fingerprint
 from filelock import FileLock
+
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "complete.json"
+"""The file of a cache entry that names its other files and their sizes; written last."""
+
+
+def image_files(dataset: Dataset) -> list[str]:
+    """The files, each once, that the images of a data set are read from, where it does not hold their bytes."""
+    found: set[str] = set()
+    for name, feature in dataset.features.items():
+        if isinstance(feature, Image):
+            column = dataset.data.column(name)
+            paths = pc.if_else(pc.is_null(pc.struct_field(column, "bytes")), pc.struct_field(column, "path"), None)
+            if dataset._indices is not None:
+                # Of the paths alone: the rows would take the bytes of other images along.
+                paths = paths.take(dataset._indices.column(0))
+            found.update(paths.unique().drop_null().to_pylist())
+    return sorted(found)
+
+
+def data_fingerprint(dataset: Dataset) -> str:
+    """
+    Changes with the rows of a data set, and with size or time of the image files that its rows name.
+
+    The `datasets` library's own fingerprint knows the names of such files only. It is used where there are none.
+    """
+    files = image_files(dataset)
+    if not files:
+        return dataset._fingerprint
+    digest = xxhash.xxh3_128(dataset._fingerprint.encode())
+    for file in files:
+        try:
+            stat = os.stat(file.split("::")[-1])  # of "zip://a.png::images.zip" the archive
+            state = f"{stat.st_size} {stat.st_mtime_ns}"
+        except OSError:  # a URL, or no such file, which its reader names
+            state = "?"
+        digest.update(f"{file}\0{state}\0".encode())
+    return digest.hexdigest()
 
 
 def fingerprint(*parts: Any) -> str:
     """
     A name for the result of a computation on `parts`, the same in every process.
 
-    What cannot be hashed (a function around a compiled model, say) gets a random name: it is computed anew each time.
+    A `Dataset` among them counts by its [`data_fingerprint`]. What cannot be hashed (a function around a compiled
+    model, say) gets a random name, so that it is computed every time.
     """
+    parts = tuple(data_fingerprint(part) if isinstance(part, Dataset) else part for part in parts)
     try:
-        return Hasher.hash([part._fingerprint if isinstance(part, Dataset) else part for part in parts])
+        return Hasher.hash(list(parts))
     except Exception:  # dill raises whatever the object's own pickling raises
         return generate_random_fingerprint()
 
@@ -39,13 +85,28 @@ def cache_root() -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE) / "trl_diffusion"
 
 
+def _file_sizes(folder: Path) -> dict[str, int]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether an entry of the cache has all the files that were written, each as long as it was."""
+    try:
+        expected = json.loads((folder / MANIFEST).read_text())
+        return all((folder / name).stat().st_size == size for name, size in expected.items())
+    except (OSError, ValueError, AttributeError, TypeError):  # missing, cut off, or not what was written
+        return False
+
+
 def built_once(name: str, build: Callable[[Path], None]) -> Path:
     """
     A folder of the cache, which all ranks fill together on first use.
 
     It appears under its name when it is complete: a run that is killed meanwhile leaves nothing that a later one would
-    take for it, and what it leaves is cleared away by the next one that builds the same. Runs that want the same at
-    the same time wait for one another. All nodes must share the folder.
+    take for it, and what it leaves is cleared away by the next one that builds the same. An entry that lost a file
+    later, or part of one, is built again. Runs that want the same at the same time wait for one another. All nodes
+    must share the folder.
 
     Args:
         name (`str`): See [`fingerprint`]. Rank 0's counts.
@@ -60,9 +121,12 @@ def built_once(name: str, build: Callable[[Path], None]) -> Path:
         lock.acquire()
     try:
         # Rank 0 decides for all, so that no rank waits for one that has found another run's result.
-        (done,) = broadcast_object_list([folder.is_dir()])
+        (done,) = broadcast_object_list([_is_complete(folder)])
         if not done:
             if state.is_main_process:
+                if folder.exists():
+                    logger.warning(f"The cache entry {folder} is incomplete: it is removed and computed again.")
+                    shutil.rmtree(folder)
                 shutil.rmtree(staging, ignore_errors=True)
                 staging.mkdir()
             state.wait_for_everyone()
@@ -73,6 +137,7 @@ def built_once(name: str, build: Callable[[Path], None]) -> Path:
                 raise
             state.wait_for_everyone()
             if state.is_main_process:
+                (staging / MANIFEST).write_text(json.dumps(_file_sizes(staging)) + "\n")
                 os.replace(staging, folder)
             state.wait_for_everyone()
     finally:

@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, concatenate_datasets
-from diffusers.utils import load_image
 from PIL.Image import Image
 from transformers import CLIPModel, CLIPProcessor
 
 from .cache import computed_columns, fingerprint, folder_state
 from .formats import EMBEDDING_COLUMNS, AnyDataset
+from .images import to_rgb
 
 
 Embedder = Callable[[list[Image], list[str]], Any]
@@ -75,7 +75,7 @@ class CLIPEmbedder:
             tokens = self.processor.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
             parts.append(self.model.get_text_features(**tokens.to(self.device)).pooler_output)
         if self.embedding in ("text_image", "image"):
-            pixels = self.processor.image_processor([load_image(image) for image in images], return_tensors="pt")
+            pixels = self.processor.image_processor([to_rgb(image) for image in images], return_tensors="pt")
             parts.append(self.model.get_image_features(**pixels.to(self.device)).pooler_output)
         return torch.cat([torch.nn.functional.normalize(part, dim=1) for part in parts], dim=1).cpu().numpy()
 

@@ -1,15 +1,73 @@
 """From a PIL image to the pixels that a VAE reads: orientation, RGB, resize, crop, flip."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import torch
-from diffusers.utils import load_image
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .draws import Draws
+
+
+_TURNED = (5, 6, 7, 8)
+"""The EXIF orientations that exchange height and width."""
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an opened file after its EXIF orientation is applied; nothing is decoded."""
+    # The base class's method: that of PNG images decodes them, because their orientation may be stored at the end.
+    return image.size[::-1] if Image.Image.getexif(image).get(0x0112) in _TURNED else image.size
+
+
+def check_mode(image: Image.Image) -> None:
+    """
+    Checks that the numbers of an image have a known range; nothing is decoded.
+
+    Raises:
+        `ValueError`: if they are floats or 32-bit integers.
+    """
+    # Of the files that Pillow opens as 32-bit integers only PPM has a fixed range: it scales to 65535.
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+        kind = "floats" if image.mode == "F" else "32-bit integers"
+        raise ValueError(f"found {kind}, whose range is unknown; expected 8 or 16 bits per channel")
+
+
+def convert_to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
+    """
+    An image of any mode as 8-bit RGB, and whether any of it was transparent.
+
+    The EXIF orientation is applied, transparent pixels are composited on white, 16-bit greyscale is scaled to 8 bits.
+    Other modes go through Pillow's conversion. Of an animation this is the first frame. ICC profiles are ignored, as
+    diffusers ignores them.
+
+    Raises:
+        `ValueError`: see [`check_mode`].
+    """
+    check_mode(image)
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
+        levels = np.asarray(image).astype(np.uint32)
+        # A PNG may declare one of the 65,536 levels transparent.
+        clear = levels == image.info.get("transparency", -1)
+        image = Image.fromarray(np.where(clear, 255, (levels + 128) // 257).astype(np.uint8))
+        return image.convert("RGB"), bool(clear.any())
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getextrema()[3][0] < 255:
+            white = Image.new("RGBA", image.size, "white")
+            return Image.alpha_composite(white, image).convert("RGB"), True
+    return image.convert("RGB"), False
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """[`convert_to_rgb`] with a warning, once per process, when an image is transparent."""
+    image, transparent = convert_to_rgb(image)
+    if transparent:
+        warnings.warn("Found transparent images: they are composited on white.", stacklevel=2)
+    return image
 
 
 @dataclass(frozen=True)
@@ -17,8 +75,7 @@ class ImageTransform:
     """
     Resizes an image to just cover `height` x `width` (antialiased, Lanczos), crops that, and scales to [-1, 1].
 
-    Modes other than RGB are converted as diffusers converts them (`diffusers.utils.load_image`): EXIF orientation
-    applied, then PIL's own conversion.
+    Modes other than RGB are converted by [`convert_to_rgb`].
 
     Args:
         height (`int`), width (`int`):
@@ -47,7 +104,7 @@ class ImageTransform:
         The pixels, and what SDXL wants to know of them: height and width of the original, top and left of the crop (in
         the resized image, mirrored if the pixels are), height and width of the result. `flip` is drawn if it is None.
         """
-        image = load_image(image)
+        image = to_rgb(image)
         original = [image.height, image.width]
         target = (self.width, self.height)
         scale = max(self.width / image.width, self.height / image.height)

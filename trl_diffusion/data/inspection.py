@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,9 @@ from datasets.utils.file_utils import xopen
 from PIL import Image as PILImage
 
 from ..files import written_whole
+from .buckets import Size, nearest_bucket
 from .formats import AnyDataset, _check_features, check_row, declare_columns, present_columns
+from .images import check_mode, convert_to_rgb, upright_size
 
 
 PROBLEMS = {
@@ -53,7 +55,9 @@ class DataReport:
         prompts (`int`): Number of different prompts.
         images (`int`): Number of images.
         different_images (`int`): Number of different images: files that differ in a byte.
-        sizes (`Counter`): How many images have a size `(width, height)`.
+        sizes (`Counter`): How many images have a size `(width, height)`, EXIF orientation applied.
+        transparent (`int` or `None`): Images with transparent pixels; None where they were not decoded.
+        animated (`int`): Files with several frames, of which training reads the first.
         problems (`dict[str, np.ndarray]`): For each of [`PROBLEMS`], a bool array of shape `(rows,)`.
         first_rows (`list[dict[str, str]]`): The first rows in words.
     """
@@ -65,6 +69,8 @@ class DataReport:
     images: int
     different_images: int
     sizes: Counter
+    transparent: int | None
+    animated: int
     problems: dict[str, np.ndarray]
     first_rows: list[dict[str, str]]
 
@@ -78,6 +84,28 @@ class DataReport:
         for name in drop:
             kept &= ~self.problems[name]
         return kept
+
+    def cropped(self, buckets: list[Size], share: float = 0.1) -> int:
+        """
+        How many images lose more than `share` of their area when they are cropped for training.
+
+        Args:
+            buckets (`list[tuple[int, int]]`): The training sizes, height and width; each image goes to the nearest.
+            share (`float`, *optional*, defaults to `0.1`): The smallest loss that counts.
+        """
+        counts, sizes, targets = self._with_targets(buckets)
+        shape = sizes[:, 0] / sizes[:, 1] / (targets[:, 0] / targets[:, 1])
+        return int(counts[1 - np.minimum(shape, 1 / shape) > share].sum())
+
+    def upscaled(self, buckets: list[Size]) -> int:
+        """How many images are enlarged for training, because a side is smaller than that of their bucket."""
+        counts, sizes, targets = self._with_targets(buckets)
+        return int(counts[(sizes < targets).any(axis=1)].sum())
+
+    def _with_targets(self, buckets: list[Size]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """How often each size occurs, its height and width, and those of its bucket."""
+        sizes = np.array(list(self.sizes), np.float64).reshape(-1, 2)[:, ::-1]
+        return np.array(list(self.sizes.values()), int), sizes, np.array(buckets)[nearest_bucket(sizes, buckets)]
 
 
 def _layout_of(dataset: AnyDataset) -> str:
@@ -109,8 +137,17 @@ def _hash(*parts: bytes) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def _look_at(image: dict[str, Any] | None, decode: bool) -> tuple[int, tuple[int, int] | None, str]:
-    """Hash, size (None where the image cannot be read), and a description."""
+class _Look(NamedTuple):
+    """What was seen of an image; `size` is None where it cannot be read."""
+
+    hash: int
+    size: tuple[int, int] | None
+    words: str
+    transparent: bool = False
+    animated: bool = False
+
+
+def _look_at(image: dict[str, Any] | None, decode: bool) -> _Look:
     content = b""
     try:
         if image is None:
@@ -119,13 +156,20 @@ def _look_at(image: dict[str, Any] | None, decode: bool) -> tuple[int, tuple[int
         if content is None:
             with xopen(image["path"], "rb") as file:
                 content = file.read()
-        with PILImage.open(BytesIO(content)) as picture:
+        with PILImage.open(BytesIO(content)) as opened:
+            size, transparent = upright_size(opened), False
+            words = f"{size[0]} x {size[1]} {opened.format}"
             if decode:
-                picture.load()
-            return _hash(content), picture.size, f"{picture.width} x {picture.height} {picture.format}"
+                transparent = convert_to_rgb(opened)[1]
+            else:
+                check_mode(opened)
+            # Only the classes of formats with frames know the attribute. The second image of an MPO is no frame, but a
+            # camera's preview.
+            animated = getattr(opened, "is_animated", False) and opened.format != "MPO"
+            return _Look(_hash(content), size, words, transparent, animated)
     except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
         name = str((image or {}).get("path"))
-        return _hash(content or name.encode()), None, f"broken ({error})"
+        return _Look(_hash(content or name.encode()), None, f"broken ({error})")
 
 
 def inspect_dataset(dataset: AnyDataset, *, decode: bool = True, first_rows: int = 3) -> DataReport:
@@ -158,6 +202,7 @@ def inspect_dataset(dataset: AnyDataset, *, decode: bool = True, first_rows: int
     keys, prompts, images = array("Q"), array("Q"), array("Q")
     directions, empty, broken, identical = bytearray(), bytearray(), bytearray(), bytearray()
     sizes: Counter = Counter()
+    transparent = animated = 0
     described: list[dict[str, str]] = []
     for table in _arrow_batches(dataset, list(columns), size=100):
         for row in table.to_pylist():
@@ -165,18 +210,20 @@ def inspect_dataset(dataset: AnyDataset, *, decode: bool = True, first_rows: int
                 check_row(row, ["label"], len(keys))
             prompt = _hash((row["prompt"] or "").encode())
             looks = [_look_at(row[name], decode) for name in image_columns]
-            hashes = [value for value, _, _ in looks]
-            sizes.update(size for _, size, _ in looks if size is not None)
+            hashes = [look.hash for look in looks]
+            sizes.update(look.size for look in looks if look.size is not None)
+            transparent += sum(look.transparent for look in looks)
+            animated += sum(look.animated for look in looks)
             prompts.append(prompt)
             images.extend(hashes)
             # What a judgement is about, and which of two ways it went.
             keys.append(_hash(*(value.to_bytes(8, "little") for value in (prompt, *sorted(hashes)))))
             directions.append(row["label"] if layout == "unpaired" else hashes == sorted(hashes))
             empty.append(not (row["prompt"] or "").strip())
-            broken.append(any(size is None for _, size, _ in looks))
+            broken.append(any(look.size is None for look in looks))
             identical.append(layout == "paired" and len(set(hashes)) == 1)
             if len(described) < first_rows:
-                words = {name: words for name, (_, _, words) in zip(image_columns, looks, strict=True)}
+                words = {name: look.words for name, look in zip(image_columns, looks, strict=True)}
                 label = {"label": "liked" if row["label"] else "disliked"} if layout == "unpaired" else {}
                 described.append({"prompt": row["prompt"] or "", **words, **label})
 
@@ -204,6 +251,8 @@ def inspect_dataset(dataset: AnyDataset, *, decode: bool = True, first_rows: int
         images=len(images),
         different_images=len(np.unique(np.frombuffer(images, np.uint64))),
         sizes=sizes,
+        transparent=transparent if decode else None,
+        animated=animated,
         problems=problems,
         first_rows=described,
     )

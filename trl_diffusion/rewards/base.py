@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import load_image
 from huggingface_hub import hf_hub_download
 from PIL.Image import Image
 from safetensors.torch import load_file
 from typing_extensions import Self
+
+from ..data.images import to_rgb
 
 
 Scorer = Callable[[list[Image], list[str]], Sequence[float]]
@@ -65,7 +66,7 @@ class ModelScorer(ABC):
             raise ValueError(f"Found {len(images)} images and {len(prompts)} prompts, expected one prompt per image.")
         scores: list[float] = []
         for start in range(0, len(images), self.batch_size):
-            batch = [load_image(image) for image in images[start : start + self.batch_size]]
+            batch = [to_rgb(image) for image in images[start : start + self.batch_size]]
             scores += self.score_batch(batch, prompts[start : start + self.batch_size]).tolist()
         return scores
 
