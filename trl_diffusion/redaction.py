@@ -92,7 +92,9 @@ def _remembered(secret: Any) -> Any:
 def _of_the_machine() -> set[str]:
     from huggingface_hub import get_token  # an error of the command line should not have to import it earlier
 
-    values = {value for name, value in os.environ.items() if is_secret(name)} | {get_token() or ""}
+    values = {value for name, value in os.environ.items() if is_secret(name) and "PWD" not in name} | {
+        get_token() or ""
+    }
     return {value for value in values if len(value) >= _SHORTEST and not _PLACEHOLDER.fullmatch(value)}
 
 

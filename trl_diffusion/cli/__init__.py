@@ -5,7 +5,7 @@ import os
 import sys
 
 from ..redaction import redact_argv
-from .errors import DEBUG, Parser, one_line_errors, quiet_imports, quiet_libraries
+from .errors import DEBUG, Parser, check_options, one_line_errors, quiet_imports, quiet_libraries
 
 
 COMMANDS = {
@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         # Each command parses its own options, which only then have to be imported.
         commands.add_parser(name, help=text, add_help=False)
     with one_line_errors("trl-diffusion"):
+        check_options(argv[:1], ["--help"], parser.prog)
         command = parser.parse_known_args(argv[:1])[0].command
     with one_line_errors(f"trl-diffusion {command}"):
         with quiet_imports():

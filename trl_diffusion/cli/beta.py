@@ -36,6 +36,13 @@ class BetaArguments:
     num_rows: int = field(default=256, metadata={"help": "Rows to train on and to measure with: the first ones."})
     num_steps: int = field(default=10, metadata={"help": "Optimizer steps, at the full learning rate."})
 
+    def __post_init__(self):
+        for option in ("num_rows", "num_steps"):
+            if getattr(self, option) < 1:
+                raise ValueError(f"`--{option}` must be at least 1, found {getattr(self, option)}.")
+        if not 0 < self.gradient_factor < 1:
+            raise ValueError(f"`--gradient_factor` must be between 0 and 1, found {self.gradient_factor}.")
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
@@ -94,9 +101,6 @@ def measure(method: str, argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         quiet = ["--output_dir", folder, "--save_strategy", "no", "--eval_strategy", "no", "--report_to", "none"]
         beta_args, script_args, training_args, model_args = parser.parse_args_and_config([*argv, *quiet])
-        for option in ("num_rows", "num_steps"):
-            if getattr(beta_args, option) < 1:
-                raise ValueError(f"`--{option}` must be at least 1, found {getattr(beta_args, option)}.")
         check_model(model_args.model_name_or_path)
         dataset = first_rows(script_args, beta_args.num_rows)
         asked = training_args.beta
