@@ -304,14 +304,10 @@ def test_evaluation_split_is_missing(sd_folder, data_folder, tmp_path, monkeypat
         script_main()
 
 
-def test_mistaken_options_start_no_training(sd_folder, data_folder, tmp_path, capsys):
+def test_mistaken_options_start_no_training(sd_folder, data_folder, tmp_path, refused):
     """Options are checked before the launcher starts the processes."""
     options = kto_options(sd_folder, data_folder, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"`beta` must be positive and finite, found -1\.0"):
-        main(["kto", *options, "--beta", "-1"])
-    with pytest.raises(SystemExit):
-        main(["kto", *options, "--learning_rte", "1"])
-    assert "learning_rte" in capsys.readouterr().err
+    assert "`beta` must be positive and finite, found -1.0" in refused("kto", *options, "--beta", "-1")
 
 
 # ---- rpo, dpo, sft --------------------------------------------------------------------------------------------------
@@ -361,10 +357,9 @@ def test_diagonal_on_the_command_line(tmp_path, word, value):
 
 
 @pytest.mark.parametrize("method", ["rpo", "dpo", "sft"])
-def test_mistaken_options_of_the_other_methods(method, tmp_path):
+def test_mistaken_options_of_the_other_methods(method, tmp_path, refused):
     argv = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", str(tmp_path), "--use_cpu"]
-    with pytest.raises(ValueError, match=r"`snr_gamma=2\.0` belongs to `weighting='min_snr'`"):
-        main([method, *argv, "--snr_gamma", "2"])
+    assert "`snr_gamma=2.0` belongs to `weighting='min_snr'`" in refused(method, *argv, "--snr_gamma", "2")
 
 
 # ---- generate -------------------------------------------------------------------------------------------------------
@@ -439,20 +434,6 @@ def test_generate_from_a_file_of_prompts(outputs, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\n\n  a dog \n")
     options = ("--prompts_file", str(tmp_path / "prompts.txt"), "--num_images_per_prompt", "3")
     assert generate(outputs["base"], tmp_path / "file", *options) == generate(outputs["base"], tmp_path / "line")
-
-
-def test_generate_without_prompts(outputs, tmp_path, capsys):
-    (tmp_path / "prompts.txt").write_text("\n \n")
-    with pytest.raises(ValueError, match=r"Found no prompt in .*prompts\.txt: expected one per line"):
-        generate(outputs["base"], tmp_path / "out", "--prompts_file", str(tmp_path / "prompts.txt"))
-    with pytest.raises(SystemExit):
-        generate(outputs["base"], tmp_path / "out", "--seed", "1")
-    assert "--prompts" in capsys.readouterr().err
-
-
-def test_generate_from_a_folder_that_is_no_model(tmp_path):
-    with pytest.raises(ValueError, match=r"is no diffusers pipeline: found no model_index\.json"):
-        generate(tmp_path, tmp_path / "out")
 
 
 def test_every_option_of_generate_has_a_help_text():

@@ -11,6 +11,8 @@ from ..data import converters
 from ..data.buckets import Size, parse_sizes, show_size
 from ..data.formats import AnyDataset
 from ..data.inspection import PROBLEMS, DataReport, inspect_dataset, write_parquet
+from .errors import Parser, check_output_dir, data_file, non_negative_int
+from .inputs import load_data, reading
 
 
 # ---- What it takes to read a layout --------------------------------------------------------------------------------
@@ -23,7 +25,7 @@ def _hub_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _hub(args: argparse.Namespace) -> AnyDataset:
-    return load_dataset(args.dataset_name, args.dataset_config, split=args.dataset_split, streaming=True)
+    return load_data(args.dataset_name, args.dataset_config, args.dataset_split, streaming=True)
 
 
 def _pickapic_options(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +72,7 @@ def _scores_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _webdataset_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--files", nargs="+", required=True, help="tar files")
+    parser.add_argument("--files", nargs="+", type=data_file, required=True, help="tar files")
     parser.add_argument("--prompt", default="txt", help="field of the prompts (txt)")
     parser.add_argument("--image", default="jpg", help="field of the images (jpg)")
     parser.add_argument("--label", default="cls", help="field of the labels (cls)")
@@ -87,6 +89,8 @@ class Layout:
     load: Callable[[argparse.Namespace], AnyDataset]
     count: Callable[[argparse.Namespace], dict[str, int]] = lambda args: {}
 
+
+_SOURCES = ("dataset_name", "annotations", "liked_dir", "disliked_dir", "files")
 
 LAYOUTS = {
     "preferences": Layout(
@@ -148,7 +152,7 @@ LAYOUTS = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trl-diffusion data", description="Look at preference data, or write them in the trainers' columns."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
@@ -162,7 +166,7 @@ def make_parser() -> argparse.ArgumentParser:
         for name, layout in LAYOUTS.items():
             options = layouts.add_parser(name, help=layout.help, description=layout.help)
             layout.add_options(options)
-            options.add_argument("--first_rows", type=int, default=3, help="how many rows to show (3)")
+            options.add_argument("--first_rows", type=non_negative_int, default=3, help="how many rows to show (3)")
             options.add_argument(
                 "--resolution",
                 nargs="+",
@@ -214,6 +218,13 @@ def describe(report: DataReport, counts: dict[str, int], buckets: list[Size] | N
 def run(argv: list[str]) -> None:
     """Streams: neither command needs more memory for more rows than some dozen bytes each."""
     args = make_parser().parse_args(argv)
+    if args.command == "convert":
+        check_output_dir(args.output_dir)
+    with reading(" and ".join(str(value) for name, value in vars(args).items() if value and name in _SOURCES)):
+        inspect_or_convert(args)
+
+
+def inspect_or_convert(args: argparse.Namespace) -> None:
     layout = LAYOUTS[args.source]
     buckets = parse_sizes(args.resolution) if args.resolution else None
     counts = layout.count(args)

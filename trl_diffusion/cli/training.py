@@ -4,22 +4,20 @@ from importlib.resources import files
 from pathlib import Path
 
 from accelerate.commands.launch import launch_command, launch_command_parser
-from datasets import load_dataset
-from trl import TrlParser
 
 from .arguments import ModelArguments, ScriptArguments
+from .inputs import ConfigParser, check_model, load_data
 
 
-def make_parser(config_class, prog: str | None = None) -> TrlParser:
+def make_parser(config_class, prog: str | None = None) -> ConfigParser:
     """A parser for data, training and model options, from the command line and from `--config file.yaml`."""
-    return TrlParser((ScriptArguments, config_class, ModelArguments), prog=prog)
+    return ConfigParser((ScriptArguments, config_class, ModelArguments), strict=False, prog=prog)
 
 
 def make_trainer(trainer_class, script_args: ScriptArguments, training_args, model_args: ModelArguments):
     """The trainer that the options describe."""
-    dataset = load_dataset(
-        script_args.dataset_name, script_args.dataset_config, streaming=script_args.dataset_streaming
-    )
+    check_model(model_args.model_name_or_path)
+    dataset = load_data(script_args.dataset_name, script_args.dataset_config, streaming=script_args.dataset_streaming)
     splits = [script_args.dataset_train_split]
     if training_args.eval_strategy != "no":
         splits.append(script_args.dataset_test_split)
