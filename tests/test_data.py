@@ -24,7 +24,7 @@ from trl_diffusion.data.samplers import KeyedSampler
 
 
 def draws(row: int = 0, seed: int = 0) -> Draws:
-    return Draws(seed, ExampleKey(row, epoch=0))
+    return Draws(seed, ExampleKey(row, visit=0))
 
 
 def builder(**changes) -> ExampleBuilder:
@@ -522,7 +522,7 @@ def test_noise_of_a_pair():
 def test_collate_shapes_and_types():
     dataset = unpaired(3).add_column("weight", [1.0, 0.5, 2.0])
     examples = Examples(dataset, [builder(columns=["prompt", "image", "label", "weight"])])
-    batch = collate([examples[ExampleKey(i, epoch=0)] for i in range(3)])
+    batch = collate([examples[ExampleKey(i, visit=0)] for i in range(3)])
     shapes = {name: (tuple(value.shape), value.dtype) for name, value in batch.items() if name != "prompt"}
     assert shapes == {
         "pixel_values": ((3, 1, 3, 16, 16), torch.float32),
@@ -570,7 +570,7 @@ def test_stream_and_map_style_give_the_same_examples():
     stream = StreamingExamples(unpaired(4).to_iterable_dataset(), keyed.builders[0], training=True)
     stream.set_epoch(2)
     for i, example in enumerate(stream):
-        expected = keyed[ExampleKey(i, epoch=2)]
+        expected = keyed[ExampleKey(i, visit=2)]
         assert example.keys() == expected.keys()
         for name, value in expected.items():
             if isinstance(value, torch.Tensor):

@@ -10,7 +10,7 @@ from trl_diffusion.data.draws import Draws, ExampleKey
 from trl_diffusion.data.samplers import DesirableRatioSampler, KeyedSampler
 
 
-keys = st.builds(ExampleKey, st.integers(0, 10**9), st.integers(-1, 1000), st.integers(0, 100))
+keys = st.builds(ExampleKey, st.integers(0, 10**9), st.integers(-1, 1000))
 
 
 @settings(max_examples=50, deadline=None)
@@ -29,7 +29,7 @@ def test_another_seed_key_or_purpose_is_another_draw(key):
     base = Draws(0, key).uniform("timestep")
     others = [
         Draws(1, key),
-        *(Draws(0, key._replace(**{name: getattr(key, name) + 1})) for name in ("row", "epoch", "repeat")),
+        *(Draws(0, key._replace(**{name: getattr(key, name) + 1})) for name in ("row", "visit")),
     ]
     assert all(other.uniform("timestep") != base for other in others)
     assert Draws(0, key).uniform("flip") != base
@@ -54,9 +54,10 @@ def test_an_epoch_is_whole_steps_and_visits_every_row(rows, per_step, epoch):
     assert len(found) == len(sampler)
     assert len(found) % per_step == 0
     assert 0 <= len(found) - rows < per_step
-    assert len(set(found)) == len(found), "a row that comes again must have another key"
+    assert len({(key.row, key.visit) for key in found}) == len(found), "a row that comes again is another visit"
     assert {key.row for key in found} == set(range(rows))
     assert {key.epoch for key in found} == {epoch}
+    assert min(key.visit for key in found) >= epoch
     assert found == list(sampler)
 
 
@@ -97,3 +98,45 @@ def test_desirable_ratio_keys_are_distinct_and_repeatable():
     assert first == list(sampler)
     sampler.set_epoch(1)
     assert [key.row for key in first] != [key.row for key in sampler]
+
+
+def samplers(seed: int) -> dict[str, KeyedSampler]:
+    rng = np.random.default_rng(seed)
+    labels, buckets = np.arange(23) % 10 == 0, rng.permutation(np.arange(23) % 2)
+    common = {"examples_per_step": 4, "seed": seed}
+    return {
+        "ragged": KeyedSampler(23, **common, rows_per_window=2),
+        "whole": KeyedSampler(24, **common),
+        "sequential": KeyedSampler(23, **common, shuffle=False),
+        "drop_last": KeyedSampler(23, **common, drop_last=True),
+        "buckets": KeyedSampler(23, **common, buckets=buckets),
+        "buckets and drop_last": KeyedSampler(23, **common, buckets=buckets, drop_last=True, rows_per_window=4),
+        "desirable ratio": DesirableRatioSampler(labels, 0.8, **common),
+        "desirable ratio and drop_last": DesirableRatioSampler(labels, 0.5, **common, drop_last=True),
+        "desirable ratio in buckets": DesirableRatioSampler(np.arange(23) % 4 == 0, 0.8, **common, buckets=buckets),
+    }
+
+
+@pytest.mark.parametrize("name", samplers(0))
+@pytest.mark.parametrize("steps", [1, 6, 17])
+def test_visits_are_numbered_over_the_whole_training(name, steps):
+    """One after the other for each row, whatever epoch they are in; and counted beforehand as they come."""
+    sampler = samplers(3)[name]
+    keys = []
+    for epoch in range(-(-steps // sampler.steps_per_epoch)):
+        sampler.set_epoch(epoch)
+        keys += list(sampler)
+    keys = keys[: steps * 4]
+    seen = np.zeros(len(sampler.visits(1).counts), int)
+    for key in keys:
+        assert key.visit == seen[key.row]
+        seen[key.row] += 1
+    visits = sampler.visits(steps, with_windows=True)
+    assert visits.counts.tolist() == seen.tolist()
+    assert visits.windows.tolist() == [[key.epoch, key.window] for key in sorted(keys)]
+    # A sampler that starts in a later epoch, or goes back to an earlier one, gives the same.
+    again = samplers(3)[name]
+    for epoch in (2, 0, 1):
+        sampler.set_epoch(epoch)
+        again.set_epoch(epoch)
+        assert list(again) == list(sampler)

@@ -146,28 +146,15 @@ def test_resume_with_everything_computed_once(tmp_path):
 
 def test_draws_repeat_with_num_ref_draws(tmp_path):
     trainer = trainer_of("kto", tmp_path, num_ref_draws=2)
-    examples = [trainer.example_builders[0](trainer.train_dataset[3], ExampleKey(3, epoch)) for epoch in range(4)]
+    examples = [trainer.example_builders[0](trainer.train_dataset[3], ExampleKey(3, visit)) for visit in range(4)]
     assert torch.equal(examples[0]["noise"], examples[2]["noise"])
     assert examples[1]["timestep"] == examples[3]["timestep"]
     assert not torch.equal(examples[0]["noise"], examples[1]["noise"])
-    # A row that comes twice in an epoch takes the next draw.
-    again = trainer.example_builders[0](trainer.train_dataset[3], ExampleKey(3, epoch=0, repeat=1))
+    # The visit counts, not the epoch that it is in.
+    again = trainer.example_builders[0](trainer.train_dataset[3], ExampleKey(3, visit=1, epoch=0))
     assert torch.equal(again["noise"], examples[1]["noise"])
     evaluation = trainer.example_builders[0](trainer.train_dataset[3], ExampleKey(3))
     assert not any(torch.equal(evaluation["noise"], example["noise"]) for example in examples)
-
-
-@pytest.mark.parametrize(
-    ("length", "draws"),
-    [({"max_steps": 7}, 3), ({"num_train_epochs": 2.5, "max_steps": -1}, 3)],
-    ids=["steps", "epochs"],
-)
-def test_one_draw_for_each_epoch_by_default(tmp_path, length, draws):
-    """Then nothing is traded: the training is the one with a live reference, to the last bit."""
-    computed = trained("dpo", tmp_path / "computed", precompute_ref_log_probs=True, **length)
-    assert len(computed.train_dataset[0]["ref_errors"]) == draws
-    live = trained("dpo", tmp_path / "live", **length)
-    assert_equal(weights(computed), weights(live))
 
 
 def test_evaluation_with_precomputed_reference(tmp_path):
@@ -228,8 +215,8 @@ def test_a_second_run_starts_at_once(tmp_path, cache):
         trained("dpo", tmp_path / "first", **options)
     assert first["vae"] > 0
     assert first["text"] > 0
-    # 12 pairs x 2 draws in batches of 4, and 4 steps of training: no reference beside the policy.
-    assert first["unet"] == 6 + 4
+    # 16 visits in batches of 4, and 4 steps of training: no reference beside the policy.
+    assert first["unet"] == 4 + 4
     with calls() as second:  # another beta, another learning rate
         trained("dpo", tmp_path / "second", **options, beta=7.0, learning_rate=1e-6)
     assert second == {"vae": 0, "text": 0, "unet": 4}
@@ -269,7 +256,7 @@ def test_a_change_computes_features_anew(tmp_path, cache, change):
         lambda: {"pipeline": _scaled(tiny_stable_diffusion(), "vae")},
         lambda: {"ref_model": tiny_stable_diffusion(seed=3).unet},
         lambda: {"seed": 1},
-        lambda: {"num_ref_draws": 3},
+        lambda: {"num_ref_draws": 1},
         lambda: {"weighting": "min_snr"},
         lambda: {"max_timestep": 0.5},
         lambda: {"proportion_empty_prompts": 0.5},
@@ -476,7 +463,6 @@ def test_an_image_that_cannot_be_read(tmp_path, cache):
             {"precompute_ref_log_probs": True, "reference_point": "mismatched"},
             r"set `reference_point='matched'`",
         ),
-        ("rpo", {"precompute_ref_log_probs": True, "timestep_sharing": "window"}, r"set `timestep_sharing='pair'`"),
         ("rpo", {"num_ref_draws": 2, "timestep_sharing": "window"}, r"set `timestep_sharing='pair'`"),
         ("sft", {"precompute_ref_log_probs": True}, r"compares with no reference: drop `precompute_ref_log_probs`"),
     ],

@@ -139,7 +139,7 @@ def test_loss_equals_an_independent_computation(tmp_path):
 
     log_ratios, signs = [], []
     for row, example in enumerate(data):
-        draws = Draws(42, ExampleKey(row, epoch=0))
+        draws = Draws(42, ExampleKey(row, visit=0))
         pixels = torch.from_numpy(np.array(example["image"])).permute(2, 0, 1)[None] / 127.5 - 1
         posterior = pipeline.vae.encode(pixels.float()).latent_dist
         latent = (posterior.mean + posterior.std * draws.normal("posterior", (1, 4, 8, 8))) * 0.18215

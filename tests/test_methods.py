@@ -115,7 +115,7 @@ class Independent:
 
     @torch.no_grad()
     def error(self, unet, row: int, place: int, image, prompt: str, u: float) -> float:
-        draws, shape, scheduler = Draws(42, ExampleKey(row, epoch=0)), (4, 8, 8), self.pipeline.scheduler
+        draws, shape, scheduler = Draws(42, ExampleKey(row, visit=0)), (4, 8, 8), self.pipeline.scheduler
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
         posterior = self.pipeline.vae.encode(pixels).latent_dist
         standard = draws.normal("posterior", (self.images, *shape))[place]
@@ -134,7 +134,7 @@ class Independent:
 
 
 def own_timestep(row: int) -> float:
-    return Draws(42, ExampleKey(row, epoch=0)).uniform("timestep")
+    return Draws(42, ExampleKey(row, visit=0)).uniform("timestep")
 
 
 AS_THEY_COME = {"train_sampling_strategy": "sequential", "proportion_empty_prompts": 0.0}
@@ -170,7 +170,7 @@ def test_rpo_loss_equals_an_independent_computation(tmp_path, prediction_type, w
     independent = Independent(policy, images=2, weighting=weighting)
     expected = []
     for window, rows in enumerate((range(4), range(4, 8))):
-        u = Draws(42, ExampleKey(window, epoch=0, repeat=-1)).uniform("timestep")
+        u = Draws(42, ExampleKey(0, epoch=0, window=window)).of_window().uniform("timestep")
         ratio = {}
         for row in rows:
             for place, side in enumerate(("chosen", "rejected")):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import is_peft_model
@@ -16,7 +17,7 @@ from datasets import Dataset
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
@@ -26,6 +27,7 @@ from .data.cache import built_once, own_share, read_parts, write_part
 from .data.draws import ExampleKey
 from .data.examples import Examples
 from .data.formats import REF_ERRORS
+from .data.samplers import Visits
 
 
 class Reference:
@@ -140,19 +142,20 @@ class SyncReferenceCallback(TrainerCallback):
 def precomputed_errors(
     name: str,
     examples: Examples,
-    epochs: list[int],
+    visits: Visits | None,
     errors_of: Callable[[dict[str, Any]], torch.Tensor],
     collate: Callable[[list], dict[str, Any]],
     batch_size: int,
     num_workers: int = 0,
 ) -> Dataset:
     """
-    What the reference makes of fixed draws, computed on first use by all ranks together, each its share of the rows.
+    The reference's errors of the visits of a training, computed on first use by all ranks together, each its share of
+    the visits. How many a row has differs: nothing is computed on which nothing is trained.
 
     Args:
         name (`str`): The name in the cache, see [`~data.cache.fingerprint`].
         examples ([`~data.examples.Examples`]): The data.
-        epochs (`list[int]`): The epochs of the draws.
+        visits ([`~data.samplers.Visits`], *optional*): The visits. None: the one of an evaluation to each row.
         errors_of (`Callable`): From a batch to the reference's errors, shape `(rows, images)`.
         collate (`Callable`): Makes the batch.
         batch_size (`int`):
@@ -161,24 +164,52 @@ def precomputed_errors(
         num_workers (`int`, *optional*, defaults to `0`): Processes that read examples.
 
     Returns:
-        `Dataset`: the column `ref_errors` of shape `(draws, images)`, row by row.
+        `Dataset`: the column `ref_errors` of shape `(visits, images)`, row by row.
     """
+    counts = np.ones(len(examples), np.int64) if visits is None else visits.counts
+    starts = np.concatenate([[0], np.cumsum(counts)])
 
     def build(folder: Path) -> None:
-        share = own_share(len(examples))
-        if not share:
-            return
+        # Rows by the number of their visits, which may be many of a few: the work is equal, not the rows.
+        share = own_share(int(starts[-1]))
+        first, last = np.searchsorted(starts[:-1], [share.start, share.stop])
+        last = len(counts) if share.stop == starts[-1] else last
+        rows = np.repeat(np.arange(first, last), counts[first:last])
+        begin = starts[first]
+
+        def key_of(place: int) -> ExampleKey | int:
+            row = int(rows[place])
+            if visits is None:
+                return row
+            when = () if visits.windows is None else map(int, visits.windows[begin + place])
+            return ExampleKey(row, int(begin + place - starts[row]), *when)
+
         # One bucket after the other; the last batch of each is filled up with what is computed twice.
-        keys = [ExampleKey(row, epoch) for row in share for epoch in epochs]
-        buckets = np.zeros(len(share), int) if examples.buckets is None else examples.buckets[share.start : share.stop]
-        order = in_whole_batches(np.repeat(buckets, len(epochs)), batch_size)
-        filled = [keys[place] for place in order]
-        loader = DataLoader(examples, batch_size, sampler=filled, collate_fn=collate, num_workers=num_workers)
-        title = f"Reference errors of {len(epochs)} draw(s)"
+        buckets = np.zeros(len(rows), int) if examples.buckets is None else examples.buckets[rows]
+        order = in_whole_batches(buckets, batch_size)
+        keys = _Lazy(order, key_of)
+        loader = DataLoader(examples, batch_size, sampler=keys, collate_fn=collate, num_workers=num_workers)
+        title = f"Reference errors of {starts[-1]} visits to {np.count_nonzero(counts)} rows"
         bar = tqdm(loader, title, disable=not PartialState().is_local_main_process)
-        found = torch.cat([errors_of(batch).cpu() for batch in bar]).numpy()
-        errors = np.empty((len(keys), found.shape[1]), np.float32)
-        errors[order] = found
-        write_part({REF_ERRORS: errors.reshape(len(share), len(epochs), -1)}, folder, "errors")
+        found = [errors_of(batch).cpu().numpy() for batch in bar]
+        errors = np.empty((len(rows), found[0].shape[1] if found else 1), np.float32)
+        if found:
+            errors[order] = np.concatenate(found)
+        inner = pa.ListArray.from_arrays(np.arange(0, errors.size + 1, errors.shape[1], np.int32), errors.reshape(-1))
+        ragged = pa.ListArray.from_arrays((starts[first : last + 1] - begin).astype(np.int32), inner)
+        write_part({REF_ERRORS: ragged}, folder, "errors")
 
     return read_parts(built_once(f"reference-{name}", build), "errors")
+
+
+class _Lazy(Sampler[ExampleKey | int]):
+    """`function` of each of `places`; keys of many million visits would fill the memory."""
+
+    def __init__(self, places: np.ndarray, function: Callable[[int], ExampleKey | int]):
+        self.places, self.function = places, function
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[ExampleKey | int]:
+        return map(self.function, self.places)

@@ -5,11 +5,12 @@
     python examples/emoji/study.py compare --jobs 2
     python examples/emoji/study.py curves --jobs 2
     python examples/emoji/study.py styles --jobs 2
+    python examples/emoji/study.py draws
 
 `tune` tries learning rates per method, `ablation` the settings of Diffusion-RPO; both train on the drawings and look
 at the prompts with feedback only. `compare` trains every method with its own learning rate on two tasks and measures
 on the held-out prompts too, `curves` shows a healthy run beside three ill ones and what the guards do, `styles` is
-Style Alignment to the two target styles of styles.py. The two tasks of `compare`:
+Style Alignment to the two target styles of styles.py, `draws` what `num_ref_draws` costs. The two tasks of `compare`:
 
 - drawings: preferred are the drawings in the liked style (data configuration `preferences`);
 - samples: preferred are those of the base model's own samples that are more colourful, a closed-form score.
@@ -34,7 +35,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 
 from common import HERE, LIKED
-from datasets import Dataset, Features, Image, Value, load_dataset
+from datasets import Dataset, Features, Image, Value, concatenate_datasets, load_dataset
 from tqdm import tqdm
 
 from trl_diffusion.evaluation import win_rate
@@ -81,6 +82,10 @@ ABLATION: dict[str, dict] = {
 }
 # Fewer than of the comparison, after whose forty every method has reached the style of the drawings.
 STYLE_STEPS = 20
+# Of 16 images, on half of the prompts: each liked image is visited 32 times.
+DRAWS_STEPS = 60
+NUM_DRAWS = (1, 2, 4, None)
+REWARDS = ("rewards/chosen", "rewards/rejected")
 # Diffusion-DPO at the learning rate of the study, and what goes wrong.
 CURVES = {
     "healthy": {"beta": 200.0, "learning_rate": 1e-4},
@@ -605,6 +610,42 @@ def curves(args: argparse.Namespace) -> None:
     )
 
 
+def draws(args: argparse.Namespace) -> None:
+    """Rewards with few draws of noise for each image: in training, on the same images with other noise, held out."""
+    from trl_diffusion import DiffusionKTOConfig, DiffusionKTOTrainer
+
+    data = load_dataset(str(HERE / "data"), "feedback", split="train")
+    half = len(data) // 2  # 24 of the 48 prompts, with four images each
+    parts = {"same": data.select(range(half)), "held": data.select(range(half, len(data)))}
+    options = COMMON | METHOD["kto"] | {"learning_rate": 3e-4, "max_steps": DRAWS_STEPS}
+    options |= {"per_device_train_batch_size": IMAGES_PER_STEP // 2, "per_device_eval_batch_size": 32}
+    found: dict[int | None, list[dict[str, float]]] = {number: [] for number in NUM_DRAWS}
+    args.work.mkdir(parents=True, exist_ok=True)
+    for seed in SEEDS:
+        for number, seen in found.items():
+            file = args.work / f"draws-{number}-{seed}.json"
+            if not file.exists():
+                config = DiffusionKTOConfig(str(args.work / "draws"), seed=seed, num_ref_draws=number, **options)
+                trainer = DiffusionKTOTrainer(str(HERE / "base"), args=config, train_dataset=parts["same"])
+                trainer.train()
+                last = [entry for entry in trainer.state.log_history if "loss" in entry][-4:]
+                rewards = {name: mean(entry[name] for entry in last) for name in REWARDS}
+                for name, rows in parts.items():
+                    # Behind itself the data set comes with other draws.
+                    measured = trainer.evaluate(concatenate_datasets([rows] * 2), metric_key_prefix=name)
+                    rewards |= {f"{name}_{metric}": measured[f"{name}_{metric}"] for metric in REWARDS}
+                file.write_text(json.dumps(rewards))
+            seen.append(json.loads(file.read_text()))
+    columns = [f"{kind}{name}" for name in REWARDS for kind in ("", "same_", "held_")]
+    rows = [
+        [str(number or "all"), *(spread([one[name] for one in seen], 2) for name in columns)]
+        for number, seen in found.items()
+    ]
+    kinds = ("in training", "same images, other noise", "held-out images")
+    head = ["draws", *(f"{word} reward, {kind}" for word in ("liked", "disliked") for kind in kinds)]
+    write(args, "draws", table(head, rows))
+
+
 def write(args: argparse.Namespace, name: str, text: str) -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / f"{name}.md").write_text(text + "\n")
@@ -615,7 +656,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "study",
-        choices=["tune", "ablation", "compare", "curves", "styles", "run"],
+        choices=["tune", "ablation", "compare", "curves", "styles", "draws", "run"],
         help="`run` is for the study's own use",
     )
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
@@ -627,8 +668,8 @@ def main() -> None:
     if args.study == "run":
         train(Run(**args.run), args.work)
     else:
-        studies = {"tune": tune, "ablation": ablation, "compare": compare, "curves": curves, "styles": styles}
-        studies[args.study](args)
+        studies = (tune, ablation, compare, curves, styles, draws)
+        {study.__name__: study for study in studies}[args.study](args)
 
 
 if __name__ == "__main__":

@@ -25,15 +25,21 @@ def train(
     resume: str | None = None,
     stream: bool = False,
     buckets: bool = False,
+    rows: int | None = None,
+    liked: float | None = None,
     **options,
 ) -> None:
     of_all_shapes = (test_buckets.unpaired, test_buckets.pairs)
     data = (of_all_shapes if buckets else (unpaired, pairs))[method != "kto"]
+    train_dataset = data() if rows is None else data(rows)
+    if liked is not None:
+        labels = [i < liked * len(train_dataset) for i in range(len(train_dataset))]
+        train_dataset = train_dataset.remove_columns("label").add_column("label", labels)
     trainer = make_trainer(
         method,
         tiny_stable_diffusion(),
         output_dir,
-        data(40).to_iterable_dataset() if stream else data(),
+        data(40).to_iterable_dataset() if stream else train_dataset,
         eval_dataset=data(7),
         peft_config=LoraConfig(r=4, lora_alpha=8) if lora else None,
         **options,

@@ -157,7 +157,7 @@ def part_file(folder: Path, stem: str) -> str:
     return str(folder / f"{stem}-{PartialState().process_index:05d}.arrow")
 
 
-def write_part(columns: dict[str, np.ndarray], folder: Path, stem: str) -> None:
+def write_part(columns: dict[str, np.ndarray | pa.Array], folder: Path, stem: str) -> None:
     """Writes this rank's rows, whose memory they fill; none if there are none."""
     table = Dataset.from_dict(columns).data.table
     if len(table):

@@ -1,4 +1,4 @@
-"""Randomness as a function: what is random about an example depends on (seed, epoch, example), on nothing else.
+"""Randomness as a function: what is random about an example depends on (seed, example, visit), on nothing else.
 
 Timestep, noise, posterior sample, crop, flip and prompt dropout of an example come from generators keyed by these
 numbers. Hence a batch may be split over ranks, workers and micro-batches in any way without a change in the numbers,
@@ -13,27 +13,30 @@ from typing import NamedTuple
 import torch
 
 
-# The epoch number of evaluation draws: they stay the same during the whole training.
+# The number of the visit, and of the epoch, of evaluation draws: they stay the same during the whole training.
 EVALUATION = -1
 
 
 class ExampleKey(NamedTuple):
     """
-    Names one visit to one example: a row of the data set, in an epoch, for the `repeat`-th time in that epoch.
+    Names one visit to one example.
 
-    `window` numbers the windows of the epoch: the rows over which a method takes its statistics.
+    `visit` numbers the visits of the row from 0 on over the whole training, however many of them an epoch has. `epoch`
+    and `window` say when it is: `window` numbers the windows of the epoch, the rows over which a method takes its
+    statistics.
     """
 
     row: int
+    visit: int = EVALUATION
     epoch: int = EVALUATION
-    repeat: int = 0
     window: int = 0
 
 
 @dataclass(frozen=True)
 class Draws:
     """
-    The random numbers of one visit to one example; its window has no part in them but through [`Draws.of_window`].
+    The random numbers of one visit to one example. Epoch and window have no part in them but through
+    [`Draws.of_window`].
 
     Each purpose has a stream of its own: switching random flips on, say, leaves the timesteps and the noise as they
     were.
@@ -48,13 +51,16 @@ class Draws:
 
     def generator(self, purpose: str) -> torch.Generator:
         """A CPU generator for one purpose. CPU, so that the numbers are the same on every device."""
-        packed = struct.pack("<qqqq", self.seed, self.key.epoch, self.key.row, self.key.repeat)
+        return self._generator(purpose, self.key.visit, self.key.row, 0)
+
+    def _generator(self, purpose: str, *numbers: int) -> torch.Generator:
+        packed = struct.pack("<qqqq", self.seed, *numbers)
         digest = hashlib.blake2b(packed + purpose.encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
     def of_window(self) -> "Draws":
         """What all examples of the window share."""
-        return Draws(self.seed, ExampleKey(self.key.window, self.key.epoch, repeat=-1))
+        return _WindowDraws(self.seed, self.key)
 
     def uniform(self, purpose: str) -> float:
         """A number in [0, 1)."""
@@ -63,3 +69,8 @@ class Draws:
     def normal(self, purpose: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Independent standard normal numbers, float32."""
         return torch.randn(shape, generator=self.generator(purpose))
+
+
+class _WindowDraws(Draws):
+    def generator(self, purpose: str) -> torch.Generator:
+        return self._generator(purpose, self.key.epoch, self.key.window, -1)

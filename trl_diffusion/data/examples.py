@@ -39,7 +39,8 @@ class ExampleBuilder:
             Adds what SDXL is told of each image, see [`ImageTransform.with_sizes`]: `"real"`, or, with `"fixed"`, that
             of an image which was never resized nor cropped.
         num_ref_draws (`int`, *optional*):
-            How many different draws an example has: its visits take them in turn. None: each visit has its own.
+            How many different draws an example has: visit `v` takes draw `v % num_ref_draws`. None: each visit has its
+            own.
         prompts ([`~data.features.PromptTable`], *optional*):
             What prompts were encoded to, for rows that hold features in the place of images and prompts.
     """
@@ -57,9 +58,9 @@ class ExampleBuilder:
     prompts: PromptTable | None = None
 
     def __call__(self, row: Mapping[str, Any], key: ExampleKey) -> dict[str, Any]:
-        training = key.epoch != EVALUATION
+        training = key.visit != EVALUATION
         if self.num_ref_draws is not None and training:
-            key = key._replace(epoch=(key.epoch + key.repeat) % self.num_ref_draws, repeat=0)
+            key = key._replace(visit=key.visit % self.num_ref_draws)
         draws = Draws(self.seed, key)
         drop_prompt = training and draws.uniform("prompt") < self.proportion_empty_prompts
         images = len(self.image_columns)
@@ -75,7 +76,9 @@ class ExampleBuilder:
         elif self.sizes is None:
             del example["sizes"]
         if REF_ERRORS in self.columns:
-            example[REF_ERRORS] = torch.tensor(row[REF_ERRORS][key.epoch if training else 0])
+            errors = row[REF_ERRORS][key.visit if training else 0 :][:1]
+            # None for what a loader fetches ahead of the last step, on which nothing is trained.
+            example[REF_ERRORS] = torch.tensor(errors[0] if len(errors) else [torch.nan] * images)
         example |= {name: row[name] for name in ("label", "weight") if name in self.columns}
         # Numpy reads a long list several times as fast as torch does.
         embeddings = {name: np.array(row[name], np.float32) for name in EMBEDDING_COLUMNS if name in self.columns}
@@ -189,5 +192,6 @@ class StreamingExamples(torch_data.IterableDataset):
             if row is None:
                 return
             check_row(row, self.builder.columns, place)
-            key = ExampleKey(place, epoch, window=place // self.rows_per_window)
+            # One visit an epoch.
+            key = ExampleKey(place, epoch, epoch, place // self.rows_per_window)
             yield read_image(place, partial(self.builder, row, key))

@@ -76,9 +76,10 @@ class DiffusionConfig(_BaseConfig):
             model is held and none is run. A later run on the same draws, with another `beta` or learning rate, say,
             uses them again. TRL's name for the same thing.
         num_ref_draws (`int`, *optional*):
-            How many different draws (timestep, noise, ...) an example has; its visits take them in turn. None gives
-            each visit its own, which with `precompute_ref_log_probs` costs a reference forward for each of them in
-            advance. Fewer draws cost less, and see less of the noise.
+            How many different draws (timestep, noise, ...) an example has: its visits, counted over the whole
+            training, go through them again and again. None gives each visit its own; with `precompute_ref_log_probs`
+            the training is then the one with a live reference, and takes as many reference forwards in advance. Fewer
+            draws cost less, and the policy memorises them, see docs/speed.md.
 
         > Parameters that control the timesteps
 
@@ -199,7 +200,8 @@ class DiffusionConfig(_BaseConfig):
         default=False, metadata={"help": "Whether to compute the reference's errors before the training."}
     )
     num_ref_draws: int | None = field(
-        default=None, metadata={"help": "How many different draws an example has. Defaults to one for each visit."}
+        default=None,
+        metadata={"help": "How many different draws of noise an example has. Defaults to one for each visit."},
     )
     timestep_sampling: Literal["uniform", "logit_normal", "mode"] | None = field(
         default=None, metadata={"help": "Distribution of the timesteps. Defaults to the model family's."}

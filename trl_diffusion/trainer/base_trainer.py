@@ -5,6 +5,7 @@ A method's own file holds its columns, its loss and its metrics; nothing here kn
 
 import functools
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -25,12 +26,11 @@ from .. import engines
 from ..callbacks import ErrorGrowthCallback, LogImagesCallback, TensorBoardLogger
 from ..data.buckets import Size, image_sizes, in_whole_batches, nearest_bucket, parse_sizes, show_size
 from ..data.cache import fingerprint
-from ..data.draws import EVALUATION
 from ..data.examples import ExampleBuilder, Examples, StreamingExamples, collate
 from ..data.features import LATENTS, FeatureCache, PromptTable, encoders_fingerprint, modules_fingerprint
 from ..data.formats import REF_ERRORS, AnyDataset, check_dataset, declare_columns, present_columns
 from ..data.images import ImageTransform
-from ..data.samplers import KeyedSampler
+from ..data.samplers import KeyedSampler, Visits
 from ..ema import EMACallback
 from ..families import Family, resolve_model
 from ..families.base import Conditioning, Posterior
@@ -208,7 +208,7 @@ class DiffusionTrainer(SavingTrainer):
             proportion_empty_prompts=args.proportion_empty_prompts,
             seed=args.seed if args.data_seed is None else args.data_seed,
             sizes=args.size_conditioning if self.family.conditions_on_size else None,
-            num_ref_draws=self._resolve_num_ref_draws(args),
+            num_ref_draws=args.num_ref_draws,
             **self.shared_draws(args),
         )
         self.example_builders = [
@@ -258,7 +258,7 @@ class DiffusionTrainer(SavingTrainer):
             compile_blocks(self.family.denoiser, args, sharded)
             if self.reference is not None and self.reference.model is not None:
                 compile_blocks(self.accelerator.unwrap_model(self.reference.model), args, sharded)
-        self.train_dataset = self._compute_once(train_dataset, images, builder.num_ref_draws)
+        self.train_dataset = self._compute_once(train_dataset, images, self._plan_visits())
         if eval_dataset is not None:
             self.eval_dataset = self._compute_eval_once(eval_dataset, eval_images)
         if args.precompute_ref_log_probs:
@@ -427,16 +427,44 @@ class DiffusionTrainer(SavingTrainer):
 
     # ---- Computed once ----------------------------------------------------------------------------------------------
 
-    def _resolve_num_ref_draws(self, args: DiffusionConfig) -> int | None:
-        if args.num_ref_draws is not None or not args.precompute_ref_log_probs:
-            return args.num_ref_draws
-        assert self.num_train_rows is not None  # a stream was refused
-        rows_per_step = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
-        steps_per_epoch = (
-            KeyedSampler(self.num_train_rows, rows_per_step, args.seed, drop_last=args.dataloader_drop_last).length
-            // rows_per_step
-        )
-        return math.ceil(args.max_steps / steps_per_epoch if args.max_steps > 0 else args.num_train_epochs)
+    def _visits(self, sampler: KeyedSampler, steps: int) -> Visits:
+        """The visits of a training for which there must be draws: with `num_ref_draws` each draw once."""
+        visits = sampler.visits(steps, with_windows=self.example_builders[0].share_timestep)
+        if self.args.num_ref_draws is None:
+            return visits
+        return Visits(np.minimum(visits.counts, self.args.num_ref_draws))
+
+    def _plan_visits(self) -> Visits | None:
+        """The visits of the training that the configuration describes; None where nothing depends on them."""
+        args = self.args
+        if not args.precompute_ref_log_probs and args.num_ref_draws is None:
+            return None
+        sampler = self._get_train_sampler()
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * sampler.steps_per_epoch)
+        draws, visits = self._visits(sampler, steps), sampler.visits(steps)
+        seen = visits.counts[draws.counts > 0] / draws.counts[draws.counts > 0]
+        if seen.max() > 1 and self.is_world_process_zero():
+            warnings.warn(
+                f"With num_ref_draws={args.num_ref_draws} the training sees each draw of timestep and noise "
+                f"{seen.mean():.3g} times on average, and up to {seen.max():.3g} times that of a row which is visited "
+                f"{visits.counts.max()} times; the policy memorises what comes often, see docs/speed.md.",
+                stacklevel=2,
+            )
+        self._planned = steps, sampler.examples_per_step, draws
+        return draws
+
+    def _check_planned(self, sampler: KeyedSampler) -> None:
+        """Raises `ValueError` where a training would visit what no reference error was computed of."""
+        steps, examples_per_step, draws = self._planned
+        if (self.state.max_steps, sampler.examples_per_step) == (steps, examples_per_step):
+            return
+        needed = self._visits(sampler, self.state.max_steps)
+        if draws.windows is not None or (needed.counts > draws.counts).any():
+            raise ValueError(
+                f"Found a training of {self.state.max_steps} steps of {sampler.examples_per_step} rows, but the "
+                f"reference's errors were computed for {steps} steps of {examples_per_step} rows: make a new trainer "
+                "with the length that you want."
+            )
 
     def _move_encoders(self, device: torch.device | str) -> None:
         for module in self.family.frozen_modules.values():
@@ -470,10 +498,10 @@ class DiffusionTrainer(SavingTrainer):
             args.dataloader_num_workers,
         )
 
-    def _compute_once(self, dataset: AnyDataset, images: AnyDataset, draws: int | None) -> AnyDataset:
+    def _compute_once(self, dataset: AnyDataset, images: AnyDataset, visits: Visits | None) -> AnyDataset:
         """
-        The data set with features, and with the reference's errors of so many draws (None: of the evaluation's one),
-        as the configuration wants them; `images` is the same before a method's own columns were added.
+        The data set with features, and with the reference's errors of these visits (None: of the evaluation's), as the
+        configuration wants them; `images` is the same before a method's own columns were added.
         """
         args = self.args
         if not args.cache_features and not args.precompute_ref_log_probs:
@@ -493,12 +521,11 @@ class DiffusionTrainer(SavingTrainer):
                 )
             columns = self._columns_of(dataset)
             builders = [replace(builder, columns=columns, prompts=prompts) for builder in self.example_builders]
-            epochs = [EVALUATION] if draws is None else list(range(draws))
             errors = precomputed_errors(
-                self._reference_name(source, epochs),
-                Examples(dataset, builders, buckets=buckets),
-                epochs,
-                functools.partial(self._reference_errors_of, training=draws is not None),
+                self._reference_name(source, visits),
+                Examples(dataset, builders, self.rows_per_window, buckets),
+                visits,
+                functools.partial(self._reference_errors_of, training=visits is not None),
                 self.data_collator,
                 args.per_device_train_batch_size,
                 args.dataloader_num_workers,
@@ -512,15 +539,16 @@ class DiffusionTrainer(SavingTrainer):
             return {name: self._compute_once(part, images[name], None) for name, part in dataset.items()}
         return self._compute_once(dataset, images, None)
 
-    def _reference_name(self, source: Dataset, epochs: list[int]) -> str:
+    def _reference_name(self, source: Dataset, visits: Visits | None) -> str:
         """Changes with whatever the reference's errors depend on."""
         args = self.args
         return fingerprint(
             source,
-            epochs,
+            # Of an evaluation the place of a row says which window it is in.
+            self.rows_per_window if visits is None and self.example_builders[0].share_timestep else visits,
             self._ref_fingerprint,
             self._encoders_name,
-            repr([replace(builder, columns=[]) for builder in self.example_builders]),
+            repr([replace(builder, columns=[], num_ref_draws=None) for builder in self.example_builders]),
             [self.timestep_sampling, args.weighting, args.snr_gamma, vars(self.family.process)],
             [self.accelerator.mixed_precision, args.disable_dropout, args.cache_features, args.features_dtype],
         )
@@ -618,6 +646,8 @@ class DiffusionTrainer(SavingTrainer):
             sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
         if sampler is not None:  # a stream has none
             sampler.set_epoch(epoch)
+            if self.args.precompute_ref_log_probs:
+                self._check_planned(sampler)
         return super()._run_epoch(train_dataloader=train_dataloader, epoch=epoch, **kwargs)
 
     def _set_signature_columns_if_needed(self):

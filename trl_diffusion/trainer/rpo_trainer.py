@@ -124,10 +124,10 @@ class DiffusionRPOTrainer(DiffusionTrainer):
             )
 
     def check_computed_once(self, args: DiffusionRPOConfig) -> None:
-        if args.timestep_sharing == "window" and (args.num_ref_draws is not None or args.precompute_ref_log_probs):
+        if args.timestep_sharing == "window" and args.num_ref_draws is not None:
             raise ValueError(
                 "`timestep_sharing='window'` gives a row another timestep in each window that it comes into, so that "
-                "its draws cannot be numbered: drop `num_ref_draws` and `precompute_ref_log_probs`, or set "
+                f"it has no {args.num_ref_draws} draws that could come again: drop `num_ref_draws`, or set "
                 "`timestep_sharing='pair'`."
             )
 
