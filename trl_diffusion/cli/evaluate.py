@@ -111,8 +111,9 @@ def run(argv: list[str]) -> None:
         if place and looks_like_a_path(place) and not os.path.exists(place):
             raise ValueError(f"Found no folder {place!r} for `--scorers {spec}`, expected a folder or a Hub id")
     check_output_dir(args.output_dir)
-    check_model(args.model_name_or_path)
-    check_model(args.baseline_name_or_path, "--baseline_name_or_path")
+    policy, baseline = args.model_name_or_path, args.baseline_name_or_path
+    check_model(policy, base_model=base_of(args, policy))
+    check_model(baseline, "--baseline_name_or_path", base_model=base_of(args, baseline))
     if args.dataset_name is not None:
         compare_errors(args)
     if args.prompts_file is not None:

@@ -38,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
 def run(argv: list[str]) -> None:
     """Writes one file, or for `--layout merged` a folder."""
     args = make_parser().parse_args(argv)
-    check_model(args.model_name_or_path)
+    check_model(args.model_name_or_path, base_model=args.base_model)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     if args.layout in LORA_LAYOUTS:
         export_lora(args.model_name_or_path, args.output, layout=args.layout, dtype=dtype, base_model=args.base_model)
