@@ -39,7 +39,7 @@ def run(argv: list[str]) -> None:
     args = make_parser().parse_args(argv)
     prompts = args.prompts or read_lines(args.prompts_file)
     check_output_dir(args.output_dir)
-    check_model(args.model_name_or_path)
+    check_model(args.model_name_or_path, base_model=args.base_model)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     pipeline = load_trained(args.model_name_or_path, args.base_model, dtype=args.dtype).to(device)
     kwargs = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
