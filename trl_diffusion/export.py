@@ -496,7 +496,8 @@ def _load_for_unet(file: Path_, layout: str, pipeline: Any) -> None:
     """
     Puts what [`_for_unet`] wrote on the UNet.
 
-    diffusers reads both layouts by way of kohya's names, of which it knows a part: SDXL's `add_embedding` is lost.
+    By the names of the modules: diffusers reads kohya's layout alone, and of kohya's names it drops those that it does
+    not know without a word, such as that of SDXL's `add_embedding`.
     """
     unet = pipeline.unet
     original = layout == "comfyui" or type(pipeline).__name__ == "StableDiffusionXLPipeline"
