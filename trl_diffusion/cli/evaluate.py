@@ -83,6 +83,10 @@ def load_on(device: torch.device, model: str, **kwargs: Any) -> DiffusionPipelin
 def run(argv: list[str]) -> None:
     """Images with [`compare_images`], preference data with [`compare_errors`]."""
     args = make_parser().parse_args(argv)
+    if args.base_model and not (is_adapter(args.model_name_or_path) or is_adapter(args.baseline_name_or_path)):
+        raise ValueError(
+            f"Found `--base_model {args.base_model}` with two whole models, expected it with an adapter: drop it."
+        )
     for name in ("num_images_per_prompt", "num_inference_steps", "num_draws", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"`--{name}` must be at least 1, found {getattr(args, name)}.")
@@ -91,10 +95,6 @@ def run(argv: list[str]) -> None:
         raise ValueError(
             f"Found {' and '.join(f'`--{name}`' for name in found) or 'nothing'} to compare with, expected "
             "`--prompts_file` with `--scorers`, `--dataset_name`, or all three."
-        )
-    if args.base_model and not (is_adapter(args.model_name_or_path) or is_adapter(args.baseline_name_or_path)):
-        raise ValueError(
-            f"Found `--base_model {args.base_model}` with two whole models, expected it with an adapter: drop it."
         )
     if args.dataset_name is not None:
         compare_errors(args)
