@@ -345,6 +345,14 @@ def test_single_file_of_a_v_prediction_xl_comes_back(tmp_path, zero_snr):
     assert all(torch.equal(tensor, original[name]) for name, tensor in loaded.unet.state_dict().items())
 
 
+def test_the_noise_is_checked_before_weights_are_loaded(tmp_path):
+    pipeline = tiny_stable_diffusion("v_prediction")
+    pipeline.save_config(tmp_path)
+    pipeline.scheduler.save_pretrained(tmp_path / "scheduler")
+    with pytest.raises(ValueError, match=r"prediction_type='v_prediction', beta_schedule=.* a single file cannot say"):
+        export_merged(tmp_path, tmp_path / "sd.safetensors", single_file=True)
+
+
 def test_single_file_of_another_vae():
     pipeline = tiny_stable_diffusion()
     pipeline.vae.register_to_config(scaling_factor=0.5)
@@ -396,6 +404,16 @@ def test_single_file_of_another_family(trained, tmp_path):
     other = diffusers.DDPMPipeline(unet=pipeline.unet, scheduler=pipeline.scheduler)
     with pytest.raises(ValueError, match="Found a DDPMPipeline, expected one of"):
         single_file_weights(other)
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "text_encoder_2"])
+def test_single_file_of_a_part(part):
+    pipeline = tiny_stable_diffusion_xl()
+    pipeline.register_modules(**{part: None})
+    with pytest.raises(
+        ValueError, match=f"Found a StableDiffusionXLPipeline without {part}, which a single file holds"
+    ):
+        single_file_weights(pipeline)
 
 
 def test_no_weights_are_loaded_of_another_family(tmp_path):

@@ -12,8 +12,11 @@ from safetensors.torch import load_file
 from tests import key_maps, tiny
 from trl_diffusion.export import export_lora, single_file_weights
 from trl_diffusion.families import family_class
-from trl_diffusion.hub import save_policy
+from trl_diffusion.hub import load_trained, save_policy
 
+
+# The patterns are not made for one family.
+pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
 
 UNETS = {"sd": tiny.tiny_stable_diffusion, "sdxl": tiny.tiny_stable_diffusion_xl}
 TRANSFORMERS = {
@@ -132,6 +135,17 @@ def test_diffusers_reads_the_same_from_comfyuis_file(tmp_path, family, options):
     }
     assert found.keys() == expected.keys()
     assert_updates(found, expected)
+
+
+def test_comfyuis_file_is_read_with_its_base(tmp_path):
+    expected = train("flux", OPTIONS["patterns"], tmp_path)
+    tiny.tiny_flux().save_pretrained(tmp_path / "base")
+    export_lora(tmp_path / "out", tmp_path / "comfyui.safetensors", layout="comfyui")
+    for name in ("comfyui.safetensors", "out"):
+        loaded = {
+            n: m for n, m in load_trained(str(tmp_path / name)).transformer.named_modules() if hasattr(m, "lora_A")
+        }
+        assert_updates({n: m.get_delta_weight("default_0").double() for n, m in loaded.items()}, expected)
 
 
 @pytest.mark.parametrize("family", TRANSFORMERS)
@@ -274,7 +288,7 @@ def test_what_a_single_file_says_of_the_noise(family, prediction, zero_snr):
     }
     expected = says.get((prediction, zero_snr)) if family == "sdxl" or prediction == "epsilon" else None
     if expected is None:
-        with pytest.raises(ValueError, match=rf"'prediction_type': '{prediction}'.*a single file cannot say.*folder"):
+        with pytest.raises(ValueError, match=rf"prediction_type='{prediction}'.*a single file cannot say.*folder"):
             single_file_weights(pipeline)
     else:
         assert single_file_weights(pipeline).keys() & {"v_pred", "ztsnr"} == expected

@@ -176,15 +176,14 @@ def _noise_levels(zero_terminal_snr: bool) -> torch.Tensor:
     return signal**2
 
 
-def _noise_keys(pipeline: DiffusionPipeline) -> tuple[str, ...] | None:
+def _noise_keys(kind: str, scheduler: Any) -> tuple[str, ...] | None:
     """
-    The keys by which a single file says how its model was trained; None if it cannot say it.
+    The keys by which a single file says what noise its model, a pipeline of class `kind`, knows; None if it cannot.
 
     Without a key the noise of Stable Diffusion and the prediction of epsilon are understood. Of XL, `v_pred` says that
     v is predicted, and with it `ztsnr` that the terminal SNR is zero (`comfy/supported_models.py` of ComfyUI, read in
     November 2026).
     """
-    scheduler = cast(Any, pipeline).scheduler
     found, prediction = getattr(scheduler, "alphas_cumprod", None), scheduler.config.get("prediction_type")
     if found is None:
         return None
@@ -195,12 +194,24 @@ def _noise_keys(pipeline: DiffusionPipeline) -> tuple[str, ...] | None:
             break
     else:
         return None
-    if prediction == "v_prediction" and type(pipeline).__name__ == "StableDiffusionXLPipeline":
+    if prediction == "v_prediction" and kind == "StableDiffusionXLPipeline":
         return ("v_pred", "ztsnr") if zero_snr else ("v_pred",)
     return () if prediction == "epsilon" and not zero_snr else None
 
 
-def _other_pipeline(kind: str) -> str:
+def _noise_obstacle(kind: str, scheduler: Any) -> str | None:
+    if _noise_keys(kind, scheduler) is not None:
+        return None
+    names = ("prediction_type", "beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr")
+    noise = ", ".join(f"{name}={scheduler.config.get(name)!r}" for name in names)
+    return (
+        f"Found a {kind} whose {type(scheduler).__name__} has {noise}, which a single file cannot say: expected the "
+        "noise of Stable Diffusion ('scaled_linear' betas from 0.00085 to 0.012) with prediction_type='epsilon', or "
+        "for XL 'v_prediction' (also with zero terminal SNR); merge it into a folder instead."
+    )
+
+
+def _other_pipeline(kind: str) -> str | None:
     return f"Found a {kind}, expected one of {list(SINGLE_FILE_PIPELINES)}: merge it into a folder instead."
 
 
@@ -209,6 +220,9 @@ def single_file_obstacle(pipeline: DiffusionPipeline) -> str | None:
     kind, pipe = type(pipeline).__name__, cast(Any, pipeline)
     if kind not in SINGLE_FILE_PIPELINES:
         return _other_pipeline(kind)
+    parts = ["unet", "vae", "text_encoder", *["text_encoder_2"] * (kind == "StableDiffusionXLPipeline")]
+    if missing := [part for part in parts if getattr(pipe, part) is None]:
+        return f"Found a {kind} without {missing[0]}, which a single file holds: load the whole pipeline."
     if kind == "StableDiffusionPipeline" and pipe.text_encoder.config.hidden_act != "quick_gelu":
         return (
             f"Found a text encoder with the activation {pipe.text_encoder.config.hidden_act!r}, as in Stable "
@@ -221,18 +235,7 @@ def single_file_obstacle(pipeline: DiffusionPipeline) -> str | None:
             f"{vae.latents_mean}, which a single file cannot say: expected a scaling_factor of {factor} alone, as "
             f"in a {kind}; merge it into a folder instead."
         )
-    if _noise_keys(pipeline) is None:
-        config = pipe.scheduler.config
-        noise = {
-            name: config.get(name)
-            for name in ("prediction_type", "beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr")
-        }
-        return (
-            f"Found a {kind} with {noise}, which a single file cannot say: expected the noise of Stable Diffusion "
-            "('scaled_linear' betas from 0.00085 to 0.012) with prediction_type='epsilon', or for XL 'v_prediction' "
-            "(also with zero terminal SNR); merge it into a folder instead."
-        )
-    return None
+    return _noise_obstacle(kind, pipe.scheduler)
 
 
 def single_file_weights(pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
@@ -248,7 +251,7 @@ def single_file_weights(pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
         raise ValueError(obstacle)
     kind, pipe = type(pipeline).__name__, cast(Any, pipeline)
     parts = {
-        "": {key: torch.zeros(0) for key in _noise_keys(pipeline) or ()},
+        "": {key: torch.zeros(0) for key in _noise_keys(kind, pipe.scheduler) or ()},
         "model.diffusion_model.": {unet_name(k, pipe.unet.config): v for k, v in pipe.unet.state_dict().items()},
         "first_stage_model.": _vae_weights(pipe.vae),
     }
@@ -493,7 +496,8 @@ def _load_for_unet(file: Path_, layout: str, pipeline: Any) -> None:
     """
     Puts what [`_for_unet`] wrote on the UNet.
 
-    diffusers reads both layouts by way of kohya's names, of which it knows a part: SDXL's `add_embedding` is lost.
+    By the names of the modules: diffusers reads kohya's layout alone, and of kohya's names it drops those that it does
+    not know without a word, such as that of SDXL's `add_embedding`.
     """
     unet = pipeline.unet
     original = layout == "comfyui" or type(pipeline).__name__ == "StableDiffusionXLPipeline"
@@ -601,8 +605,13 @@ def export_merged(
         _check_new(output)
         with naming_the_base(name, base):
             index: Any = DiffusionPipeline.load_config(base)
-        if index["_class_name"] not in SINGLE_FILE_PIPELINES:  # before its weights are loaded
-            raise ValueError(_other_pipeline(index["_class_name"]))
+        # Before the weights are loaded.
+        kind, obstacle = index["_class_name"], _other_pipeline(index["_class_name"])
+        if kind in SINGLE_FILE_PIPELINES:
+            scheduler_class = getattr(diffusers, index["scheduler"][1])
+            obstacle = _noise_obstacle(kind, scheduler_class.from_pretrained(base, subfolder="scheduler"))
+        if obstacle is not None:
+            raise ValueError(obstacle)
     pipeline = load_merged(name, base_model=base_model, dtype=dtype)
     if single_file:
         _save(single_file_weights(pipeline), output, {"format": "pt", LAYOUT: "single_file", BASE_MODEL: base})

@@ -199,7 +199,12 @@ def upload_folder(api, folder: Path, *, ignore_patterns: list[str], **kwargs: An
     names = ("base_model_name_or_path", "_name_or_path")
     changed: dict[Path, dict[str, Any]] = {}
     for file in itertools.chain.from_iterable(map(folder.glob, (ADAPTER_CONFIG, "model_index.json", "*/config.json"))):
-        found = json.loads(file.read_text())
+        try:
+            found = json.loads(file.read_text())
+        except ValueError:  # a file of others
+            continue
+        if not isinstance(found, dict):
+            continue
         paths = {name: public_name(found[name]) for name in names if found.get(name)}
         if any(found[name] != paths[name] for name in paths):
             changed[file.relative_to(folder)] = found | paths
@@ -392,7 +397,7 @@ def load_trained(name: str, base_model: str | None = None, **kwargs: Any) -> Dif
     family = family_class(type(pipeline).__name__)
     denoiser = getattr(pipeline, family.denoiser_name)
     if loads_as_diffusers_lora(config, family) and os.path.isfile(os.path.join(name, LORA_FILE)):
-        pipeline.load_lora_weights(name, weight_name=LORA_FILE)  # type: ignore[attr-defined]
+        pipeline.load_lora_weights(name, weight_name=LORA_FILE)
         with safe_open(os.path.join(name, LORA_FILE), "pt") as file:
             keys = [key.removeprefix(f"{family.denoiser_name}.") for key in file.keys()]
         check_all_loaded(denoiser, [key.split(".lora_A.")[0] for key in keys if ".lora_A." in key], name)
