@@ -663,9 +663,10 @@ def test_no_comparison_overwrites_the_report_of_another(command, sd_folder, othe
     assert [path.name for path in out.rglob("images")] == ["images"]
 
 
+@pytest.mark.parametrize("found", ['{"model": "another"}', "[1]", "not JSON"])
 @pytest.mark.parametrize("model", ["owner/name", "../..", "/", "a b/c:d", ".hidden"])
-def test_names_of_report_folders(tmp_path, model):
-    (tmp_path / "report.json").write_text('{"model": "another"}')
+def test_names_of_report_folders(tmp_path, model, found):
+    (tmp_path / "report.json").write_text(found)
     folder = report_folder(tmp_path, "report.json", {"model": model})
     assert folder.parent == tmp_path
     assert re.fullmatch(r"\w[\w.-]*", folder.name)

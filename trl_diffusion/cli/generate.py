@@ -44,22 +44,24 @@ def image_size(text: str) -> Size:
     return size
 
 
-def check_resolution(size: Size | None, model: str) -> None:
+def check_resolution(size: Size | None, model: str, base_model: str | None = None) -> None:
     """
     Checks that a model generates images of a size, before its weights are loaded.
 
     Args:
         size (`tuple[int, int]`, *optional*): Height and width.
-        model (`str`): Hub id or folder, as [`~hub.load_trained`] takes it.
+        model (`str`): Hub id, folder or file, as [`~hub.load_trained`] takes it.
+        base_model (`str`, *optional*): The base model of an adapter, instead of the one that it names.
 
     Raises:
         `ValueError`: if it does not.
     """
-    adapter = Path(model) / "adapter_config.json"
     if size is None or os.path.isfile(model):
         return
-    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else model
-    found = size_multiple(base)
+    adapter = Path(model) / "adapter_config.json"
+    if adapter.is_file():
+        model = base_model or json.loads(adapter.read_text())["base_model_name_or_path"]
+    found = size_multiple(model)
     if found is not None:
         check_size(size, *found)
 

@@ -58,7 +58,10 @@ def report_folder(root: Path, file: str, record: Mapping[str, Any]) -> Path:
         folder = root if i == 0 else root / (name if i == 1 else f"{name}-{i}")
         if not (folder / file).is_file():
             return folder
-        found = json.loads((folder / file).read_text(encoding="utf-8"))
+        try:
+            found = dict(json.loads((folder / file).read_text(encoding="utf-8")))
+        except (ValueError, TypeError):  # a file of somebody else's
+            continue
         if all(found.get(key) == value for key, value in json.loads(json.dumps(record)).items()):
             return folder
     raise AssertionError

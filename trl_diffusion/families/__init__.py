@@ -299,4 +299,15 @@ def _resolve_family(
     )
 
 
-__all__ = ["FAMILIES", "Family", "family_class", "family_of", "load_pipeline", "resolve_model", "sampling_kwargs"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "check_before_loading",
+    "family_class",
+    "family_of",
+    "load_pipeline",
+    "read_index",
+    "resolve_model",
+    "sampling_kwargs",
+    "size_multiple",
+]
