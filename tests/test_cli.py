@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.conftest import unpaired
+from tests.tiny import tiny_qwen_image
 from trl_diffusion import (
     DiffusionDPOConfig,
     DiffusionKTOConfig,
@@ -428,6 +429,35 @@ def test_generate_seeds_and_guidance(outputs, tmp_path):
         outputs["base"], tmp_path / "2", *prompts, "--num_images_per_prompt", "3", "--guidance_scale", "1"
     )
     assert guided["0000-0.png"] != every["0000-0.png"]
+
+
+@pytest.mark.parametrize(("resolution", "size"), [("8", (8, 8)), ("8x24", (24, 8))])
+def test_generate_at_a_resolution(outputs, tmp_path, resolution, size):
+    options = ("--prompts", "a dog", "--num_images_per_prompt", "1", "--resolution", resolution)
+    generate(outputs["lora"], tmp_path, *options)
+    assert Image.open(tmp_path / "0000-0.png").size == size
+
+
+@pytest.mark.parametrize("kind", ["base", "lora"])
+def test_generate_refuses_a_resolution_before_it_loads_weights(outputs, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("trl_diffusion.cli.generate.load_trained", lambda *args, **kwargs: pytest.fail("loaded"))
+    for resolution, better in (("7", "6 or 8"), ("8x7", "8x6 or 8"), ("0", "2 or 4")):
+        with pytest.raises(ValueError, match=f"Found resolution={resolution}, .* multiple of 2 .*: use {better}"):
+            generate(outputs[kind], tmp_path, "--prompts", "a dog", "--resolution", resolution)
+
+
+def test_generate_refuses_what_is_no_size(outputs, tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        generate(outputs["base"], tmp_path, "--prompts", "a dog", "--resolution", "8x")
+    assert error.value.code == 2
+    assert "Found resolution='8x', expected a side such as 512, 'HEIGHTxWIDTH'" in capsys.readouterr().err
+
+
+def test_generate_guides_qwen_image(tmp_path):
+    tiny_qwen_image().save_pretrained(tmp_path / "qwen")
+    options = ("--prompts", "a dog", "--num_images_per_prompt", "1", "--resolution", "16", "--guidance_scale")
+    one, four = (generate(tmp_path / "qwen", tmp_path / scale, *options, scale) for scale in ("1", "4"))
+    assert one["0000-0.png"] != four["0000-0.png"]
 
 
 def test_generate_from_a_file_of_prompts(outputs, tmp_path):

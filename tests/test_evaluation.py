@@ -1,10 +1,12 @@
 """Win rates and their statistics, prompt files, `trl-diffusion evaluate`, and the callbacks that score."""
 
 import base64
+import html
 import io
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -32,7 +34,17 @@ from trl_diffusion.evaluation import (
 )
 from trl_diffusion.evaluation import images as image_files
 from trl_diffusion.evaluation.images import ImageFolder
-from trl_diffusion.evaluation.report import Evaluation, Pair, as_html, as_markdown, data_uri, pick_pairs
+from trl_diffusion.evaluation.report import (
+    Evaluation,
+    Pair,
+    as_html,
+    as_markdown,
+    data_uri,
+    pick_pairs,
+    report_folder,
+    verdict,
+)
+from trl_diffusion.evaluation.statistics import median_win_rate
 
 
 PROMPTS = ["a cat", "a dog", 'two <b>boats</b> | "&"']
@@ -399,12 +411,81 @@ def an_evaluation(**changes) -> Evaluation:
 
 
 def test_pick_pairs():
+    """Gains gain and losses lose, whatever the number that is asked for."""
     found = pick_pairs([[1, 2], [3, 3], [9, 0]], [[1, 1], [4, 5], [1, 1]], 2)
-    assert found["best"] == [Pair(2, 0), Pair(0, 1)]
-    assert found["worst"] == [Pair(1, 1), Pair(2, 1)]
+    assert found["largest gains"] == [Pair(2, 0), Pair(0, 1)]
+    assert found["largest losses"] == [Pair(1, 1), Pair(2, 1)]
     assert len({pair.prompt for pair in found["random"]}) == 2
     everything = pick_pairs([[1, 2], [3, 3], [9, 0]], [[1, 1], [4, 5], [1, 1]], 9)
-    assert {kind: len(pairs) for kind, pairs in everything.items()} == {"best": 3, "worst": 3, "random": 3}
+    assert everything["largest gains"] == found["largest gains"]
+    assert everything["largest losses"] == found["largest losses"]
+    assert len(everything["random"]) == 3
+    assert pick_pairs([[1.0], [2.0]], [[1.0], [3.0]], 6)["largest gains"] == []
+
+
+MANY = 20
+VERDICTS = {
+    "all prompts better": (
+        [2.0] * MANY,
+        [1.0] * MANY,
+        r"^x: the policy scores higher than the baseline \(win rate 100",
+    ),
+    "most prompts worse": (
+        [0.0] * 18 + [2.0] * 2,
+        [1.0] * MANY,
+        r"^x: the policy scores lower than the baseline \(win rate 10.0%, 95 % interval [0-9.]+% to 30.\d%\)\.$",
+    ),
+    "even": ([0.0, 2.0] * 10, [1.0] * MANY, r"^x: no clear difference \(win rate 50.0%, .* which includes 50 %\)\.$"),
+    "too few prompts": (
+        [2.0] * 2,
+        [1.0] * 2,
+        r"^x: no clear difference \(win rate 100.0%, 95 % interval 34.2% to 100.0%, which includes 50 %\)\.$",
+    ),
+    "a few large gains": (
+        [0.9] * 7 + [12.0],
+        [1.0] * 8,
+        r"^x: the policy scores lower .*win rate 12.5%.*; the mean difference of \+1.288 comes from larger gains "
+        r"and not from more of them \(median difference -0.1\)\.$",
+    ),
+    "a few large losses": (
+        [1.1] * 15 + [-20.0],
+        [1.0] * 16,
+        r"^x: the policy scores higher .*; the mean difference of -1.219 comes from larger losses",
+    ),
+    "ties": ([1.0] * MANY, [1.0] * MANY, r"^x: no clear difference \(win rate 50.0%, .*50 %\)\.$"),
+}
+
+
+@pytest.mark.parametrize("name", VERDICTS)
+def test_the_verdict_agrees_with_win_rate_and_interval(name):
+    ours, theirs, expected = VERDICTS[name]
+    scores = {"scores": {"x": [[s] for s in ours]}, "baseline_scores": {"x": [[s] for s in theirs]}}
+    evaluation = an_evaluation(prompts=list(map(str, range(len(ours)))), seeds=[0], **scores)
+    comparison = evaluation.comparisons()["x"]
+    found = verdict("x", comparison, median_win_rate(evaluation.scores["x"], evaluation.baseline_scores["x"]))
+    assert re.search(expected, found), found
+    assert comparison.median_difference == pytest.approx(np.median(np.subtract(ours, theirs)))
+    # The same sentence in the table's file and on the page, and the median beside the mean.
+    table = as_markdown(evaluation, evaluation.comparisons())
+    assert f"- {found}\n" in table
+    assert f"], {comparison.median_difference:+.4g} |" in table
+    page = as_html(evaluation, evaluation.comparisons(), lambda prompt, seed: (picture(0), picture(1)))
+    assert f"<p>{html.escape(found)}</p>" in page
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9)), min_size=2, max_size=9))
+def test_the_median_difference_never_contradicts_the_win_rate(pairs):
+    found = compare([[a] for a, _ in pairs], [[b] for _, b in pairs], resamples=1)
+    assert found.median_difference * (found.win_rate.value - 0.5) >= 0
+
+
+def test_cards_show_the_difference_and_empty_lists_say_so():
+    evaluation = an_evaluation(scores={"mine": [[2, 1]] * 3}, baseline_scores={"mine": [[1, 1]] * 3})
+    page = Page(as_html(evaluation, evaluation.comparisons(), lambda prompt, seed: (picture(0), picture(1))))
+    assert page.text.count("+1 · ") >= 3
+    assert "mine: largest lossesNone." in page.text
+    assert "mine: largest gainsNone." not in page.text
 
 
 def test_html_holds_everything_and_escapes():
@@ -417,13 +498,14 @@ def test_html_holds_everything_and_escapes():
 
     page = assert_self_contained(as_html(evaluation, evaluation.comparisons(), load_pair, count=2))
     assert asked[:4] == [(PROMPTS[2], 3), ("a cat", 4), ("a dog", 4), (PROMPTS[2], 4)]
+    assert '+8 · two <b>boats</b> | "&" · seed 3' in page.text
     assert len(page.references) == 2 * len(asked) == 12
     assert [image.size for image in page.pictures()[:2]] == [(200, 100), (32, 32)]
     np.testing.assert_array_equal(np.asarray(page.pictures()[1]), np.asarray(picture(3, (32, 32))))
     assert 'two <b>boats</b> | "&" · seed 3' in page.text
     assert "b" not in page.tags
     assert page.tags.count("td") == 8
-    for kind in ("best", "worst", "random"):
+    for kind in ("largest gains", "largest losses", "random"):
         assert f"mine: {kind}" in page.text
 
 
@@ -441,6 +523,7 @@ def test_markdown():
     # Means 18/6 and 13/6; medians 1.5, 3, 4.5 against 1, 4.5, 1; pairs 1/2 + 1, 0 + 0, 1 + 0.
     assert cells[:3] == ["mine", "3", "2.167"]
     assert cells[3].startswith("+0.8333 [")
+    assert cells[3].endswith("], +0.5")
     assert cells[4].startswith("66.67 % [")
     assert cells[5].startswith("41.67 % [")
     assert cells[6:] == ["2-0-1", "1"]
@@ -529,7 +612,9 @@ def test_evaluate(command, sd_folder, other_folder, tmp_path, monkeypatch, capsy
     assert report["settings"] == {"num_inference_steps": 2, "dtype": "float32", "device": "cpu"}
 
     page = assert_self_contained((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
-    assert len(page.references) == 2 * 3 * 3
+    table, baseline = (np.array(report[who][name]) for who in ("scores", "baseline_scores"))
+    shown = sum((side > 0).any(1).sum() for side in (table - baseline, baseline - table)) + 3
+    assert len(page.references) == 2 * shown
     drawn = {np.asarray(Image.open(path)).tobytes() for path in (tmp_path / "out" / "images").glob("*/*.png")}
     assert {np.asarray(image).tobytes() for image in page.pictures()} <= drawn
     printed = capsys.readouterr().out
@@ -547,6 +632,54 @@ def test_other_settings_draw_anew_and_the_old_ones_are_kept(command, tmp_path, m
     draws.seen.clear()
     main(command(**small))
     assert draws.seen == []
+
+
+def test_no_comparison_overwrites_the_report_of_another(command, sd_folder, other_folder, tmp_path, capsys):
+    """Another policy, baseline or setting gets a folder of its own; the images of all are in one place."""
+    small, out = {"num_images_per_prompt": 1, "max_prompts": 2}, tmp_path / "out"
+    third = tmp_path / "third" / "outputs"
+    shutil.copytree(sd_folder, third)
+    runs = [
+        ({}, out),
+        ({"model_name_or_path": sd_folder}, out / "-".join(Path(sd_folder).parts[-2:])),
+        ({"model_name_or_path": third}, out / "third-outputs"),
+        ({"model_name_or_path": third, "baseline_name_or_path": third}, out / "third-outputs-2"),
+        ({"model_name_or_path": third, "num_inference_steps": 1}, out / "third-outputs-3"),
+    ]
+    written = {}
+    for changes, folder in runs:
+        main(command(**small | changes))
+        assert f"report.html written to {folder}.\n" in capsys.readouterr().out
+        assert {file.name for file in folder.glob("report.*")} == {"report.json", "report.md", "report.html"}
+        assert not (folder / "images").exists() or folder == out
+        for file, content in written.items():
+            assert file.read_bytes() == content
+        written |= {file: file.read_bytes() for file in folder.glob("report.*")}
+    assert len(list(out.rglob("report.json"))) == len(runs)
+    for changes, folder in runs:  # the same comparison again replaces its own report
+        main(command(**small | changes))
+        assert f"report.html written to {folder}.\n" in capsys.readouterr().out
+    assert len(list(out.rglob("report.json"))) == len(runs)
+    assert [path.name for path in out.rglob("images")] == ["images"]
+
+
+@pytest.mark.parametrize("found", ['{"model": "another"}', "[1]", "not JSON"])
+@pytest.mark.parametrize("model", ["owner/name", "../..", "/", "a b/c:d", ".hidden"])
+def test_names_of_report_folders(tmp_path, model, found):
+    (tmp_path / "report.json").write_text(found)
+    folder = report_folder(tmp_path, "report.json", {"model": model})
+    assert folder.parent == tmp_path
+    assert re.fullmatch(r"\w[\w.-]*", folder.name)
+
+
+def test_evaluate_at_a_resolution(command, tmp_path, sd_folder):
+    small = {"num_images_per_prompt": 1, "max_prompts": 2}
+    main(command(**small, resolution="8x16"))
+    assert {Image.open(path).size for path in (tmp_path / "out" / "images").glob("*/*.png")} == {(16, 8)}
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(ValueError, match="Found resolution=9, expected a multiple of 2 for a StableDiffusionPipeline"):
+        main(command(**small, resolution="9"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_against_itself_is_even(command, sd_folder, tmp_path, monkeypatch):

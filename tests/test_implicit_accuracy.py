@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -197,7 +198,13 @@ def test_command_with_labels(tmp_path, sd_folder):
     report = json.loads((tmp_path / "out" / "implicit.json").read_text())
     # Of an untrained policy every image is at the reference point.
     assert (report["accuracy"]["rate"], report["accuracy"]["n"], report["reference_point"]) == (0.5, 5, 0.0)
-    assert "images on their side of the reference point" in (tmp_path / "out" / "implicit.md").read_text()
+    first = (tmp_path / "out" / "implicit.md").read_text()
+    assert "images on their side of the reference point" in first
+    # Another policy does not overwrite it.
+    shutil.copytree(sd_folder, tmp_path / "second" / "model")
+    main(options(str(tmp_path / "second" / "model"), sd_folder, str(tmp_path / "data"), tmp_path / "out"))
+    assert (tmp_path / "out" / "implicit.md").read_text() == first
+    assert (tmp_path / "out" / "second-model" / "implicit.md").exists()
 
 
 def trainer_pipeline(trainer):

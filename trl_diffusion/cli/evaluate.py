@@ -13,11 +13,12 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
+from ..data.buckets import show_size
 from ..data.formats import check_dataset
 from ..evaluation.images import ImageFolder
 from ..evaluation.implicit import implicit_accuracy
 from ..evaluation.prompts import read_prompts
-from ..evaluation.report import Evaluation, as_html, as_json, as_markdown
+from ..evaluation.report import Evaluation, as_html, as_json, as_markdown, report_folder
 from ..evaluation.win_rate import WinRate
 from ..export import load_merged
 from ..families import family_of
@@ -26,6 +27,7 @@ from ..hub import is_adapter, load_trained
 from ..rewards import SCORERS, load_scorer, score_images, scorer_names
 from ..rewards.base import default_device
 from .errors import Parser, check_output_dir, non_negative_float, positive_int, seed_number
+from .generate import check_resolution, image_size
 from .inputs import check_model, load_data, looks_like_a_path
 
 
@@ -74,7 +76,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--num_inference_steps", type=positive_int, default=25, help="sampling steps (25)")
     parser.add_argument("--guidance_scale", type=non_negative_float, help="guidance scale (each pipeline's own)")
-    parser.add_argument("--resolution", type=positive_int, help="side of the images in pixels (the pipelines' own)")
+    parser.add_argument(
+        "--resolution", type=image_size, help="SIDE or HEIGHTxWIDTH of the images in pixels (the pipelines' own)"
+    )
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="dtype of the weights"
     )
@@ -114,6 +118,8 @@ def run(argv: list[str]) -> None:
     policy, baseline = args.model_name_or_path, args.baseline_name_or_path
     check_model(policy, base_model=base_of(args, policy))
     check_model(baseline, "--baseline_name_or_path", base_model=base_of(args, baseline))
+    check_resolution(args.resolution, policy, base_of(args, policy))
+    check_resolution(args.resolution, baseline, base_of(args, baseline))
     if args.dataset_name is not None:
         compare_errors(args)
     if args.prompts_file is not None:
@@ -152,7 +158,7 @@ def compare_errors(args: argparse.Namespace) -> None:
             str(args.output_dir),
             beta=1.0,
             seed=args.seed,
-            resolution=args.resolution,
+            resolution=args.resolution and show_size(args.resolution),
             per_device_train_batch_size=max(2, args.batch_size),
             per_device_eval_batch_size=args.batch_size,
             bf16=args.dtype == "bfloat16",
@@ -188,10 +194,13 @@ def compare_errors(args: argparse.Namespace) -> None:
         "accuracy": result.accuracy._asdict(),
         "bins": [part and part._asdict() for part in result.bins],
     }
-    with written_whole(args.output_dir) as staging:
+    about = {name: record[name] for name in ("model", "baseline", "dataset")}
+    folder = report_folder(args.output_dir, "implicit.json", about)
+    with written_whole(folder) as staging:
         (staging / "implicit.json").write_text(json.dumps(record, indent=1) + "\n")
         (staging / "implicit.md").write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
+    print(f"implicit.json and implicit.md written to {folder}.")
 
 
 def as_share(found: WinRate | None) -> str:
@@ -215,7 +224,7 @@ def compare_images(args: argparse.Namespace) -> None:
     if args.guidance_scale is not None:
         kwargs["guidance_scale"] = args.guidance_scale
     if args.resolution is not None:
-        kwargs |= {"height": args.resolution, "width": args.resolution}
+        kwargs |= {"height": args.resolution[0], "width": args.resolution[1]}
     settings = {**kwargs, "dtype": args.dtype, "device": device.type}
     names = {"policy": args.model_name_or_path, "baseline": args.baseline_name_or_path}
     folders = {}
@@ -252,9 +261,11 @@ def compare_images(args: argparse.Namespace) -> None:
         comparisons,
         lambda prompt, seed: (folders["policy"].load(prompt, seed), folders["baseline"].load(prompt, seed)),
     )
-    with written_whole(args.output_dir) as staging:
+    about = {"model": evaluation.model, "baseline": evaluation.baseline, "settings": settings}
+    folder = report_folder(args.output_dir, "report.json", about)
+    with written_whole(folder) as staging:
         (staging / "report.json").write_text(json.dumps(as_json(evaluation, comparisons), indent=1) + "\n")
         (staging / "report.md").write_text(table, encoding="utf-8")
         (staging / "report.html").write_text(page, encoding="utf-8")
     print(table)
-    print(f"report.json, report.md and report.html written to {args.output_dir}.")
+    print(f"report.json, report.md and report.html written to {folder}.")

@@ -1,12 +1,17 @@
 """`trl-diffusion generate`."""
 
 import argparse
+import json
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from ..callbacks import image_grid, sample_rows
+from ..data.buckets import Size, check_size, parse_sizes
+from ..families import size_multiple
 from ..hub import load_trained
 from .errors import Parser, check_output_dir, non_negative_float, positive_int, seed_number
 from .inputs import check_model, read_lines
@@ -29,9 +34,43 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_inference_steps", type=positive_int, default=25, help="sampling steps (25)")
     parser.add_argument("--guidance_scale", type=non_negative_float, help="guidance scale (the pipeline's own)")
     parser.add_argument(
+        "--resolution", type=image_size, help="SIDE or HEIGHTxWIDTH of the images in pixels (the pipeline's own)"
+    )
+    parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="dtype of the weights"
     )
     return parser
+
+
+def image_size(text: str) -> Size:
+    """An option's type: `512` or `832x1216`, height before width."""
+    try:
+        (size,) = parse_sizes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return size
+
+
+def check_resolution(size: Size | None, model: str, base_model: str | None = None) -> None:
+    """
+    Checks that a model generates images of a size, before its weights are loaded.
+
+    Args:
+        size (`tuple[int, int]`, *optional*): Height and width.
+        model (`str`): Hub id, folder or file, as [`~hub.load_trained`] takes it.
+        base_model (`str`, *optional*): The base model of an adapter, instead of the one that it names.
+
+    Raises:
+        `ValueError`: if it does not.
+    """
+    if size is None or os.path.isfile(model):
+        return
+    adapter = Path(model) / "adapter_config.json"
+    if adapter.is_file():
+        model = base_model or json.loads(adapter.read_text())["base_model_name_or_path"]
+    found = size_multiple(model)
+    if found is not None:
+        check_size(size, *found)
 
 
 def run(argv: list[str]) -> None:
@@ -40,9 +79,12 @@ def run(argv: list[str]) -> None:
     prompts = args.prompts or read_lines(args.prompts_file)
     check_output_dir(args.output_dir)
     check_model(args.model_name_or_path, base_model=args.base_model)
+    check_resolution(args.resolution, args.model_name_or_path, args.base_model)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     pipeline = load_trained(args.model_name_or_path, args.base_model, dtype=args.dtype).to(device)
-    kwargs = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
+    kwargs: dict[str, Any] = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
+    if args.resolution is not None:
+        kwargs |= {"height": args.resolution[0], "width": args.resolution[1]}
     seeds = [args.seed + i for i in range(args.num_images_per_prompt)]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     rows = []

@@ -53,6 +53,30 @@ def _parse_size(entry: Any) -> Size | None:
     return None
 
 
+def check_size(size: Size, pipeline_class: str, multiple: int) -> None:
+    """
+    Checks a size against a pipeline.
+
+    Args:
+        size (`tuple[int, int]`): Height and width.
+        pipeline_class (`str`): Name of the pipeline's class.
+        multiple (`int`): Sides must be multiples of this many pixels.
+
+    Raises:
+        `ValueError`: if they are not.
+    """
+    if min(size) > 0 and not any(side % multiple for side in size):
+        return
+    below = [max(multiple, side // multiple * multiple) for side in size]
+    above = [
+        side if side > 0 and side % multiple == 0 else low + multiple for side, low in zip(size, below, strict=True)
+    ]
+    raise ValueError(
+        f"Found resolution={show_size(size)}, expected a multiple of {multiple} for a {pipeline_class}: use "
+        f"{show_size((below[0], below[1]))} or {show_size((above[0], above[1]))}."
+    )
+
+
 def show_size(size: Size) -> str:
     """`"512"` or `"832x1216"`: height before width."""
     return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"

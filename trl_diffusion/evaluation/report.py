@@ -3,13 +3,18 @@
 import base64
 import html
 import io
+import itertools
+import json
+import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from .statistics import Comparison, Estimate, Scores, compare, median_win_rate
+from .win_rate import WinRate
 
 
 class Evaluation(NamedTuple):
@@ -38,6 +43,30 @@ class Evaluation(NamedTuple):
         return {name: compare(scores, self.baseline_scores[name]) for name, scores in self.scores.items()}
 
 
+def report_folder(root: Path, file: str, record: Mapping[str, Any]) -> Path:
+    """
+    Where a report goes: into `root`, or, where that holds the report of another comparison, into a folder of `root`
+    that is named after the policy. The report of the same comparison is replaced.
+
+    Args:
+        root (`Path`): The output folder.
+        file (`str`): Name of the report's JSON file.
+        record (`dict[str, Any]`): What makes it another comparison: entries of that file, `model` among them.
+    """
+    name = re.sub(r"[^\w.-]+", "-", "/".join(Path(record["model"]).parts[-2:])).strip("-.") or "policy"
+    for i in itertools.count():
+        folder = root if i == 0 else root / (name if i == 1 else f"{name}-{i}")
+        if not (folder / file).is_file():
+            return folder
+        try:
+            found = dict(json.loads((folder / file).read_text(encoding="utf-8")))
+        except (ValueError, TypeError):  # a file of somebody else's
+            continue
+        if all(found.get(key) == value for key, value in json.loads(json.dumps(record)).items()):
+            return folder
+    raise AssertionError
+
+
 def as_json(evaluation: Evaluation, comparisons: dict[str, Comparison]) -> dict[str, Any]:
     """Everything, down to the score of each image, as what `json.dumps` takes."""
     results = {}
@@ -56,7 +85,15 @@ def _rows(comparisons: dict[str, Comparison]) -> list[list[str]]:
     def estimate(e: Estimate, factor: float = 1.0, unit: str = "", sign: str = "") -> str:
         return f"{factor * e.value:{sign}.4g}{unit} [{factor * e.low:{sign}.4g}, {factor * e.high:{sign}.4g}]"
 
-    head = ["scorer", "policy", "baseline", "difference", "win rate (medians)", "win rate (pairs)", "wins-ties-losses"]
+    head = [
+        "scorer",
+        "policy",
+        "baseline",
+        "difference: mean, median",
+        "win rate (medians)",
+        "win rate (pairs)",
+        "wins-ties-losses",
+    ]
     rows = [[*head, "p (sign test)"]]
     for name, c in comparisons.items():
         rows.append(
@@ -64,7 +101,7 @@ def _rows(comparisons: dict[str, Comparison]) -> list[list[str]]:
                 name,
                 f"{c.mean:.4g}",
                 f"{c.baseline_mean:.4g}",
-                estimate(c.difference, sign="+"),
+                f"{estimate(c.difference, sign='+')}, {c.median_difference:+.4g}",
                 estimate(c.win_rate, 100, " %"),
                 estimate(c.pair_win_rate, 100, " %"),
                 f"{c.wins}-{c.ties}-{c.losses}",
@@ -74,24 +111,62 @@ def _rows(comparisons: dict[str, Comparison]) -> list[list[str]]:
     return rows
 
 
+def verdict(name: str, comparison: Comparison, wilson: WinRate) -> str:
+    """
+    One sentence on what a scorer found, by the win rate of the medians and the wider of its two intervals, and on a
+    mean difference that points the other way.
+
+    Args:
+        name (`str`): Of the scorer.
+        comparison ([`Comparison`]): Of its scores.
+        wilson ([`WinRate`]): The same win rate with Wilson's interval, see [`median_win_rate`].
+    """
+    rate, difference = comparison.win_rate, comparison.difference
+    low, high = min(rate.low, wilson.low), max(rate.high, wilson.high)
+    found = f"win rate {rate.value:.1%}, 95 % interval {low:.1%} to {high:.1%}"
+    if low > 0.5:
+        sentence = f"{name}: the policy scores higher than the baseline ({found})"
+    elif high < 0.5:
+        sentence = f"{name}: the policy scores lower than the baseline ({found})"
+    else:
+        sentence = f"{name}: no clear difference ({found}, which includes 50 %)"
+    side = (rate.value > 0.5) - (rate.value < 0.5)
+    if side * difference.value < 0 or (side == 0 and not difference.low <= 0 <= difference.high):
+        larger = "gains" if difference.value > 0 else "losses"
+        sentence += (
+            f"; the mean difference of {difference.value:+.4g} comes from larger {larger} and not from more of them "
+            f"(median difference {comparison.median_difference:+.4g})"
+        )
+    return sentence + "."
+
+
+def _verdicts(evaluation: Evaluation, comparisons: dict[str, Comparison]) -> list[str]:
+    return [
+        verdict(name, c, median_win_rate(evaluation.scores[name], evaluation.baseline_scores[name]))
+        for name, c in comparisons.items()
+    ]
+
+
 def _explanation(evaluation: Evaluation) -> str:
     settings = ", ".join(f"{name} {value}" for name, value in evaluation.settings.items())
     return (
         f"{len(evaluation.prompts)} prompts, {len(evaluation.seeds)} images each, the same seeds for both; "
         f"{settings}. In brackets 95 % bootstrap intervals over prompts; an interval without width means that all "
-        "prompts agree, and report.json has Wilson's. The win rate of medians compares the median image of each "
+        "prompts agree, so the sentence on each scorer takes the wider of it and Wilson's. The median difference is "
+        "that of the prompts' medians. The win rate of medians compares the median image of each "
         "prompt, that of pairs the images of the same prompt and seed; ties count one half. The sign test is "
         "two-sided, on the medians."
     )
 
 
 def as_markdown(evaluation: Evaluation, comparisons: dict[str, Comparison]) -> str:
-    """A table, and what its numbers mean."""
+    """A table, a sentence on each scorer, and what the numbers mean."""
     escape = lambda cell: cell.replace("|", "\\|")  # noqa: E731
     head, *rows = [f"| {' | '.join(map(escape, row))} |" for row in _rows(comparisons)]
     rule = "|---" * len(_rows(comparisons)[0]) + "|"
     title = f"# {evaluation.model} against {evaluation.baseline}"
-    return "\n".join([title, "", head, rule, *rows, "", _explanation(evaluation), ""])
+    verdicts = [f"- {sentence}" for sentence in _verdicts(evaluation, comparisons)]
+    return "\n".join([title, "", head, rule, *rows, "", *verdicts, "", _explanation(evaluation), ""])
 
 
 class Pair(NamedTuple):
@@ -112,19 +187,18 @@ def pick_pairs(scores: Scores, baseline_scores: Scores, count: int, seed: int = 
         seed (`int`, *optional*, defaults to `0`): Of the random ones.
 
     Returns:
-        `dict[str, list[Pair]]`: `best` and `worst`, by the difference of the scores and most extreme first, and
-        `random`.
+        `dict[str, list[Pair]]`: `largest gains` and `largest losses`, by the difference of the scores and most extreme
+        first, of which there may be fewer than `count` or none, and `random`.
     """
     gains = np.asarray(scores, dtype=np.float64) - np.asarray(baseline_scores, dtype=np.float64)
     random = np.random.default_rng(seed)
-    chosen = {"best": gains.argmax(axis=1), "worst": gains.argmin(axis=1)}
-    order = {
-        "best": np.argsort(-gains.max(axis=1), kind="stable"),
-        "worst": np.argsort(gains.min(axis=1), kind="stable"),
-        "random": random.permutation(len(gains)),
+    best, worst, order = gains.max(axis=1), gains.min(axis=1), random.permutation(len(gains))
+    kinds = {
+        "largest gains": (gains.argmax(axis=1), [i for i in np.argsort(-best, kind="stable") if best[i] > 0]),
+        "largest losses": (gains.argmin(axis=1), [i for i in np.argsort(worst, kind="stable") if worst[i] < 0]),
+        "random": (random.integers(gains.shape[1], size=len(gains)), order),
     }
-    chosen["random"] = random.integers(gains.shape[1], size=len(gains))
-    return {kind: [Pair(int(i), int(chosen[kind][i])) for i in places[:count]] for kind, places in order.items()}
+    return {kind: [Pair(int(i), int(images[i])) for i in rows[:count]] for kind, (images, rows) in kinds.items()}
 
 
 def data_uri(image: Image.Image, side: int = 384) -> str:
@@ -159,7 +233,8 @@ def as_html(
     count: int = 6,
 ) -> str:
     """
-    One page with the table and, for each scorer, the best, worst and random pairs side by side.
+    One page with the table and, for each scorer, the pairs of the largest gains, of the largest losses, and random
+    ones, side by side with their difference.
 
     Args:
         evaluation ([`Evaluation`]): Scores.
@@ -185,12 +260,13 @@ def as_html(
         f"<title>{title}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{title}</h1>",
         f"<table>\n{table}\n</table>",
+        *(f"<p>{text(sentence)}</p>" for sentence in _verdicts(evaluation, comparisons)),
         f"<p>{text(_explanation(evaluation))}</p>",
     ]
     for name, scores in evaluation.scores.items():
         baseline_scores = evaluation.baseline_scores[name]
         for kind, pairs in pick_pairs(scores, baseline_scores, count).items():
-            parts.append(f"<h2>{text(name)}: {kind}</h2><section>")
+            parts.append(f"<h2>{text(name)}: {kind}</h2><section>" + ("" if pairs else "<p>None.</p>"))
             for i, j in pairs:
                 prompt, seed = evaluation.prompts[i], evaluation.seeds[j]
                 sides = [
@@ -199,7 +275,8 @@ def as_html(
                         ("policy", "baseline"), load_pair(prompt, seed), (scores, baseline_scores), strict=True
                     )
                 ]
-                caption = f"<figcaption>{text(prompt)} · seed {seed}</figcaption>"
+                difference = f"{scores[i][j] - baseline_scores[i][j]:+.4g}"
+                caption = f"<figcaption>{difference} · {text(prompt)} · seed {seed}</figcaption>"
                 parts.append(f"<figure><div>{''.join(sides)}</div>{caption}</figure>")
             parts.append("</section>")
     return "\n".join([*parts, "</body></html>", ""])

@@ -29,6 +29,8 @@ class Comparison(NamedTuple):
     baseline_mean: float
     difference: Estimate
     """Of the means, in units of the score."""
+    median_difference: float
+    """Of the prompts' medians, half of the prompts on either side: it never contradicts the win rate."""
     win_rate: Estimate
     """Share of prompts whose median score is higher than the baseline's, a tie counting one half."""
     pair_win_rate: Estimate
@@ -186,6 +188,7 @@ def compare(
         mean=float(ours.mean()),
         baseline_mean=float(theirs.mean()),
         difference=estimate((ours - theirs).mean(axis=1)),
+        median_difference=float(np.median(np.median(ours, axis=1) - np.median(theirs, axis=1))),
         win_rate=estimate(medians),
         pair_win_rate=estimate(points(ours, theirs).mean(axis=1)),
         wins=wins,

@@ -74,8 +74,9 @@ def sampling_kwargs(pipeline: DiffusionPipeline, **options: Any) -> dict[str, An
     return options
 
 
-# Arguments of `from_pretrained` that say which files are meant.
-_WHICH_FILES = ("revision", "token", "cache_dir", "local_files_only")
+def _which_files(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments of `from_pretrained` that `load_config` takes too."""
+    return {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
 
 
 def _check_folder(model: str) -> None:
@@ -100,7 +101,7 @@ def read_index(model: str, **kwargs: Any) -> dict[str, Any]:
         `ValueError`: if `model` is a local folder that holds no diffusers pipeline.
     """
     _check_folder(model)
-    index: Any = DiffusionPipeline.load_config(model, **{k: v for k, v in kwargs.items() if k in _WHICH_FILES})
+    index: Any = DiffusionPipeline.load_config(model, **_which_files(kwargs))
     return index
 
 
@@ -118,8 +119,7 @@ def check_before_loading(model: str, **kwargs: Any) -> None:
     """
     if kwargs.get("custom_pipeline") is not None:
         return
-    index = read_index(model, **kwargs)
-    which = {k: v for k, v in kwargs.items() if k in _WHICH_FILES}
+    index, which = read_index(model, **kwargs), _which_files(kwargs)
     family = family_class(index["_class_name"])
     parts: dict[str, Any] = {}
     for name in (family.denoiser_name, *family.components):
@@ -149,6 +149,26 @@ def check_before_loading(model: str, **kwargs: Any) -> None:
         scheduler = kwargs.get("scheduler") or parts["scheduler"].from_config(configs["scheduler"])
         pipeline: Any = SimpleNamespace(scheduler=scheduler)
         family(pipeline).check_scheduler()
+
+
+def size_multiple(model: str, **kwargs: Any) -> tuple[str, int] | None:
+    """
+    Of how many pixels the sides of images must be multiples, from configuration files alone.
+
+    Args:
+        model (`str`): Hub id or local folder.
+        **kwargs: Those of `DiffusionPipeline.from_pretrained`.
+
+    Returns:
+        `tuple[str, int]`: name of the pipeline's class, and the number; None for classes that no family handles.
+    """
+    index = read_index(model, **kwargs)
+    for family in FAMILIES:
+        library, vae = index.get("vae") or (None, None)
+        if index["_class_name"] == family.pipeline_class and library == "diffusers" and vae in family.vae_classes:
+            config = getattr(diffusers, vae).load_config(model, subfolder="vae", **_which_files(kwargs))
+            return family.pipeline_class, family.scale_factor(config) * family.patch_size
+    return None
 
 
 def load_pipeline(model: str, **kwargs: Any) -> DiffusionPipeline:
@@ -266,9 +286,9 @@ def _resolve_family(
         )
     if isinstance(model, str):
         kwargs = dict(model_init_kwargs or {})
-        check_before_loading(model, **kwargs)
         if quantization_config is not None:
             kwargs["quantization_config"] = pipeline_quantization(model, quantization_config, **kwargs)
+        check_before_loading(model, **kwargs)
         return family_of(load_pipeline(model, **kwargs))
     if isinstance(model, DiffusionPipeline):
         return family_of(model)
@@ -279,4 +299,15 @@ def _resolve_family(
     )
 
 
-__all__ = ["FAMILIES", "Family", "family_class", "family_of", "load_pipeline", "resolve_model", "sampling_kwargs"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "check_before_loading",
+    "family_class",
+    "family_of",
+    "load_pipeline",
+    "read_index",
+    "resolve_model",
+    "sampling_kwargs",
+    "size_multiple",
+]

@@ -258,6 +258,11 @@ class Family(ABC):
         """Sides must be multiples of this many pixels."""
         return self.pipeline.vae_scale_factor * self.patch_size
 
+    @classmethod
+    def scale_factor(cls, vae: Mapping[str, Any]) -> int:
+        """Pixels along the side of one latent pixel, from the VAE's configuration: the `vae_scale_factor`."""
+        return 2 ** (len(vae["block_out_channels"]) - 1)
+
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape `(channels, height, width)` of the latent of an image of so many pixels."""
         scale = self.pipeline.vae_scale_factor

@@ -37,6 +37,10 @@ class QwenImage(FlowFamily):
     def output_channels(cls, in_channels: int) -> tuple[int, ...]:
         return (in_channels // cls.patch_size**2,)
 
+    @classmethod
+    def scale_factor(cls, vae) -> int:
+        return 2 ** len(vae["temperal_downsample"])
+
     def default_resolution(self) -> int:
         return self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
 

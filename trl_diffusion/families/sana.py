@@ -21,6 +21,10 @@ class Sana(FlowFamily):
                 "distilled to few steps: expected the model that it was distilled from."
             )
 
+    @classmethod
+    def scale_factor(cls, vae) -> int:
+        return 2 ** (len(vae["encoder_block_out_channels"]) - 1)
+
     def timestep_shift(self, height: int, width: int) -> float:
         # The pipeline hands its scheduler no mu.
         config = self.pipeline.scheduler.config

@@ -24,7 +24,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from .. import engines
 from ..callbacks import ErrorGrowthCallback, LogImagesCallback, TensorBoardLogger
-from ..data.buckets import Size, image_sizes, in_whole_batches, nearest_bucket, parse_sizes, show_size
+from ..data.buckets import Size, check_size, image_sizes, in_whole_batches, nearest_bucket, parse_sizes, show_size
 from ..data.cache import fingerprint
 from ..data.examples import ExampleBuilder, Examples, StreamingExamples, collate
 from ..data.features import LATENTS, FeatureCache, PromptTable, encoders_fingerprint, modules_fingerprint
@@ -391,17 +391,7 @@ class DiffusionTrainer(SavingTrainer):
         default, multiple = self.family.default_resolution(), self.family.resolution_multiple()
         sizes = [(default, default)] if args.resolution is None else parse_sizes(args.resolution)
         for size in sizes:
-            if min(size) <= 0 or any(side % multiple for side in size):
-                below = [max(multiple, side // multiple * multiple) for side in size]
-                above = [
-                    side if side > 0 and side % multiple == 0 else low + multiple
-                    for side, low in zip(size, below, strict=True)
-                ]
-                raise ValueError(
-                    f"Found resolution={show_size(size)}, expected a multiple of {multiple} for a "
-                    f"{self.family.pipeline_class}: use {show_size((below[0], below[1]))} or "
-                    f"{show_size((above[0], above[1]))}."
-                )
+            check_size(size, self.family.pipeline_class, multiple)
         return sizes
 
     def _resolve_timestep_sampling(self, args: DiffusionConfig) -> dict[tuple[int, ...], TimestepSampling]:
