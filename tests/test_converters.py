@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from tests.conftest import picture, unpaired
+from trl_diffusion.cli import data as cli_data
 from trl_diffusion.cli import main
 from trl_diffusion.data import (
     from_folders,
@@ -704,13 +705,42 @@ def test_inspect_command(pickapic_folder, capsys):
 
 def test_convert_command(pickapic_folder, tmp_path, capsys):
     command = ["data", "convert", "pickapic", "--dataset_name", pickapic_folder, "--output_dir", str(tmp_path / "out")]
-    with pytest.raises(ValueError, match=r"Found 1 rows without a prompt, 2 .*with --empty_prompt, --contradiction\."):
-        main(command)
-    assert not (tmp_path / "out").exists()
-    main([*command, "--empty_prompt", "drop", "--contradiction", "keep"])
-    assert "4 of 5 rows written" in capsys.readouterr().out
+    main([*command, "--problems", "drop", "--contradiction", "keep"])
+    captured = capsys.readouterr()
+    assert "4 of 5 rows written" in captured.out
+    for title in ("Counting the comparisons", "Inspecting", "Writing"):
+        assert title in captured.err
     dataset = load_dataset(str(tmp_path / "out"), split="train")
     assert paired_rows(dataset) == [("cat", 0, 1), ("cat", 2, 0), ("dog", 4, 3), ("dog", 3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("options", "undecided"),
+    [
+        ("", "--empty_prompt, --broken_image, --identical_pair, --contradiction, --duplicate_row"),
+        ("--problems keep", "--broken_image"),
+        ("--empty_prompt drop --contradiction keep", "--broken_image, --identical_pair, --duplicate_row"),
+        ("--layout unpaired --broken_image drop", "--empty_prompt, --contradiction, --duplicate_row"),
+    ],
+)
+def test_convert_asks_before_it_reads(tmp_path, monkeypatch, options, undecided):
+    monkeypatch.setattr(cli_data, "load_dataset", lambda *args, **kwargs: pytest.fail("read"))
+    command = ["data", "convert", "pickapic", "--dataset_name", "no/such", "--output_dir", str(tmp_path)]
+    with pytest.raises(ValueError, match=rf"Found no choice for {undecided}, expected one before the data are read"):
+        main([*command, *options.split()])
+    (tmp_path / "train-00000-of-00001.parquet").touch()
+    with pytest.raises(ValueError, match=r"Found train-00000-of-00001.parquet in .*: expected no such split"):
+        main([*command, "--problems", "drop"])
+
+
+def test_convert_keeps_all_but_broken_images(tmp_path, capsys):
+    rows = [("a", picture(0), True), ("a", picture(0), False), ("a", picture(0), True), ("", picture(1), True)]
+    rows.append(("b", {"bytes": PNGS[2][:-60], "path": None}, True))
+    (tmp_path / "in").mkdir()
+    make_unpaired(rows).to_parquet(tmp_path / "in" / "train.parquet")
+    command = ["data", "convert", "preferences", "--dataset_name", str(tmp_path / "in")]
+    main([*command, "--output_dir", str(tmp_path / "out"), "--problems", "keep", "--broken_image", "drop"])
+    assert "4 of 5 rows written" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("layout", ["kto_csv", "hpdv2", "hpdv3", "folders", "scores", "webdataset", "preferences"])

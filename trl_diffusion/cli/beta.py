@@ -8,6 +8,7 @@ from datasets import Dataset, load_dataset
 from trl import TrlParser
 
 from ..data.formats import declare_columns
+from ..data.paths import folder_of, inside_only
 from ..evaluation.calibration import FACTORS, Calibration, calibrate_beta, convert_beta
 from .arguments import ModelArguments, ScriptArguments
 
@@ -119,6 +120,7 @@ def first_rows(script_args: ScriptArguments, count: int) -> Dataset:
         split=script_args.dataset_train_split,
         streaming=script_args.dataset_streaming,
     )
+    dataset = inside_only(dataset, folder_of(script_args.dataset_name), script_args.allow_outside)
     if not script_args.dataset_streaming:
         return dataset.select(range(min(count, len(dataset))))
     dataset = declare_columns(dataset)
