@@ -33,7 +33,7 @@ from trl_diffusion.data import (
     write_parquet,
 )
 from trl_diffusion.data.converters import _json_array, _liked_once, count_hpdv2, count_kto_csv, count_pickapic
-from trl_diffusion.data.formats import check_dataset
+from trl_diffusion.data.formats import check_dataset, declare_columns
 
 
 PAIRED, UNPAIRED = ("prompt", "chosen", "rejected"), ("prompt", "image", "label")
@@ -595,6 +595,61 @@ def test_what_training_does_to_the_images_is_counted():
     assert [report.upscaled(buckets) for buckets in ([(16, 16)], [(17, 17)], [(16, 16), (24, 48)])] == [0, 4, 1]
     report = inspect_dataset(make_unpaired(rows), decode=False)
     assert (report.transparent, report.animated) == (None, 1)
+
+
+RAW = {
+    "pickapic": [{"caption": "p", "jpg_0": b"", "jpg_1": b"", "label_0": 1.0, "label_1": 0.0, "image_0_uid": "a"}],
+    "kto_csv": [{"file_name": "a.png", "caption": "p", "split": "exclusive_win", "seed": 1}],
+    "hpdv2": [
+        {"prompt": "p", "human_preference": [0, 1], "image_path": ["a", "b"]},
+        {"prompt": "p", "rank": [1, 2], "image_path": ["a", "b"], "user_hash": "c"},
+    ],
+    "hpdv3": [{"prompt": "p", "path1": "a.png", "path2": "b.png", "confidence": 0.9}],
+    "webdataset": [{"__key__": "a", "__url__": "b", "jpg": b"", "txt": "p"}],
+    "folders": [{"image": PNGS[0], "label": True}, {"image": PNGS[0]}],
+}
+DECLARED = pytest.mark.parametrize("declared", ["map", "stream", "stream without declared columns"])
+
+
+@DECLARED
+@pytest.mark.parametrize("layout", RAW)
+def test_a_known_layout_is_recognised(layout, declared):
+    expected = rf"this looks like .*: convert it with `trl-diffusion data convert {layout}`.*from_{layout}`\."
+    for row in RAW[layout]:
+        dataset = Dataset.from_list([row])
+        if "image" in row:
+            dataset = dataset.cast_column("image", Image())
+        if declared != "map":
+            dataset = dataset.to_iterable_dataset()
+        if declared == "stream without declared columns":
+            dataset = dataset.map(lambda row: row)
+        for required in (PAIRED, UNPAIRED, ("prompt", "image")):
+            with pytest.raises(ValueError, match=expected):
+                check_dataset(declare_columns(dataset), required, "training data set")
+        with pytest.raises(ValueError, match=expected):
+            inspect_dataset(dataset)
+        if layout != "pickapic":
+            with pytest.raises(ValueError, match=expected):
+                from_pickapic(dataset)
+
+
+def test_other_layouts():
+    binarized = Dataset.from_list([{"image_simplified_dev": b"", "image_simplified_sd": b"", "category": "a"}])
+    with pytest.raises(
+        ValueError, match=r"load `data-is-better-together/open-image-preferences-v1-binarized` instead"
+    ):
+        check_dataset(binarized, PAIRED, "training data set")
+    # Of these only the names differ.
+    for row in ({"caption": "p", "image": b""}, {"text": "p", "image": b"", "label": True}):
+        with pytest.raises(ValueError, match=r"; rename with `dataset.rename_column"):
+            check_dataset(Dataset.from_list([row]), UNPAIRED, "training data set")
+
+
+def test_pairs_of_pickapic_need_no_names_of_images():
+    rows = pickapic().remove_columns(["image_0_uid", "image_1_uid"])
+    assert paired_rows(from_pickapic(rows)) == [("cat", 0, 1), ("cat", 2, 0), ("dog", 4, 3)]
+    with pytest.raises(ValueError, match=r"lacks the columns 'image_0_uid', 'image_1_uid' of Pick-a-Pic"):
+        from_pickapic(rows, layout="unpaired")
 
 
 def test_inspection_errors():

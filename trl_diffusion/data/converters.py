@@ -23,7 +23,7 @@ from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from .cache import fingerprint, folder_state
-from .formats import AnyDataset, check_dataset
+from .formats import HPDV3, KTO_CSV, PICKAPIC, AnyDataset, advice_for, check_dataset
 from .paths import BATCH_SIZE, check_inside, inside_only, stored_image
 
 
@@ -52,8 +52,7 @@ def _check_columns(dataset: AnyDataset, columns: Sequence[str], layout: str) -> 
     if missing:
         raise ValueError(
             f"The data set lacks the column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))} of {layout}: "
-            f"found {sorted(found)}; choose the converter of its layout, or rename with "
-            "`dataset.rename_column(old, new)`."
+            f"found {sorted(found)}; {advice_for(found, 'choose the converter of its layout, or rename its columns')}."
         )
 
 
@@ -220,7 +219,7 @@ def count_pickapic(dataset: AnyDataset) -> dict[str, int]:
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`): In the layout of Pick-a-Pic; images are not read.
     """
-    _check_columns(dataset, _LABELS, "Pick-a-Pic")
+    _check_columns(dataset, _LABELS, PICKAPIC.title)
     columns = _judgement_columns(dataset)
     counts: Counter = Counter()
     for batch in _columns_in_batches(dataset, columns, "Counting the comparisons"):
@@ -242,8 +241,8 @@ def from_pickapic(
 
     Its columns, of which others are ignored: `caption`; `jpg_0` and `jpg_1`, the bytes of two images (`binary`, or an
     image column); `label_0` and `label_1`, 1 for the preferred image, 0 for the other, 0.5 and 0.5 for a tie;
-    `image_0_uid` and `image_1_uid`; optionally `has_label`, False in rows that hold no judgement and are left out.
-    (Read from the data card of v1; v2 has the same columns in all code that we have seen read it.)
+    unpaired, `image_0_uid` and `image_1_uid`; optionally `has_label`, False in rows that hold no judgement and are
+    left out. (Read from the data card of v1; v2 has the same columns in all code that we have seen read it.)
 
     Unpaired, each image appears once, where it is first judged, and is liked if it was preferred at least once in all
     comparisons that it took part in, the rule of [Diffusion-KTO](https://huggingface.co/papers/2404.04465). (How its
@@ -279,7 +278,8 @@ def from_pickapic(
             "Found ties='both_liked' with layout='paired', where a tie has no winner: choose layout='unpaired', or "
             "ties='drop'."
         )
-    _check_columns(dataset, ["caption", *_JPGS, *_LABELS, *_UIDS], "Pick-a-Pic")
+    uids = _UIDS if layout == "unpaired" else ()
+    _check_columns(dataset, [*PICKAPIC.columns, *uids], PICKAPIC.title)
     judgement = _judgement_columns(dataset)
 
     def check_tie(index: int) -> None:
@@ -324,7 +324,7 @@ KTO_SPLITS = ("exclusive_win", "intersections", "exclusive_lose")
 def _kto_rows(csv_file: str) -> Iterator[dict[str, str]]:
     with open(csv_file, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        missing = {"file_name", "caption", "split"} - set(reader.fieldnames or ())
+        missing = set(KTO_CSV.columns) - set(reader.fieldnames or ())
         if missing:
             raise ValueError(
                 f"{csv_file} lacks the column{'s' * (len(missing) > 1)} {', '.join(map(repr, sorted(missing)))}: "
@@ -540,7 +540,7 @@ def from_hpdv2(
 def _hpdv3_examples(json_file: str, image_dir: str, allow_outside: bool) -> Iterator[dict[str, Any]]:
     for index, row in _json_array(json_file):
         where = f"Object {index} of {json_file}"
-        prompt, chosen, rejected = (_key(row, [name], where) for name in ("prompt", "path1", "path2"))
+        prompt, chosen, rejected = (_key(row, [name], where) for name in HPDV3.columns)
         yield _pair_of_files(prompt, image_dir, (chosen, rejected), allow_outside, where)
 
 

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from ..files import written_whole
 from .buckets import Size, nearest_bucket
-from .formats import AnyDataset, _check_features, check_row, declare_columns, present_columns
+from .formats import AnyDataset, _check_features, advice_for, check_row, declare_columns, present_columns
 from .images import check_mode, convert_to_rgb, upright_size
 
 
@@ -115,8 +115,8 @@ def _layout_of(dataset: AnyDataset) -> str:
         if names.issuperset(columns):
             return layout
     raise ValueError(
-        f"Found the columns {sorted(names)}, expected {' or '.join(', '.join(c) for c in LAYOUTS.values())}: name the "
-        "layout of the data, or rename its columns."
+        f"Found the columns {sorted(names)}, expected {' or '.join(', '.join(c) for c in LAYOUTS.values())}; "
+        f"{advice_for(names, 'name the layout of the data, or rename its columns')}."
     )
 
 
