@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import re
 import subprocess
 import sys
 import tarfile
@@ -18,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from tests.conftest import picture, unpaired
+from trl_diffusion.cli import data as cli_data
 from trl_diffusion.cli import main
 from trl_diffusion.data import (
     from_folders,
@@ -33,7 +33,7 @@ from trl_diffusion.data import (
     write_parquet,
 )
 from trl_diffusion.data.converters import _json_array, _liked_once, count_hpdv2, count_kto_csv, count_pickapic
-from trl_diffusion.data.formats import check_dataset
+from trl_diffusion.data.formats import check_dataset, declare_columns
 
 
 PAIRED, UNPAIRED = ("prompt", "chosen", "rejected"), ("prompt", "image", "label")
@@ -597,6 +597,61 @@ def test_what_training_does_to_the_images_is_counted():
     assert (report.transparent, report.animated) == (None, 1)
 
 
+RAW = {
+    "pickapic": [{"caption": "p", "jpg_0": b"", "jpg_1": b"", "label_0": 1.0, "label_1": 0.0, "image_0_uid": "a"}],
+    "kto_csv": [{"file_name": "a.png", "caption": "p", "split": "exclusive_win", "seed": 1}],
+    "hpdv2": [
+        {"prompt": "p", "human_preference": [0, 1], "image_path": ["a", "b"]},
+        {"prompt": "p", "rank": [1, 2], "image_path": ["a", "b"], "user_hash": "c"},
+    ],
+    "hpdv3": [{"prompt": "p", "path1": "a.png", "path2": "b.png", "confidence": 0.9}],
+    "webdataset": [{"__key__": "a", "__url__": "b", "jpg": b"", "txt": "p"}],
+    "folders": [{"image": PNGS[0], "label": True}, {"image": PNGS[0]}],
+}
+DECLARED = pytest.mark.parametrize("declared", ["map", "stream", "stream without declared columns"])
+
+
+@DECLARED
+@pytest.mark.parametrize("layout", RAW)
+def test_a_known_layout_is_recognised(layout, declared):
+    expected = rf"this looks like .*: convert it with `trl-diffusion data convert {layout}`.*from_{layout}`\."
+    for row in RAW[layout]:
+        dataset = Dataset.from_list([row])
+        if "image" in row:
+            dataset = dataset.cast_column("image", Image())
+        if declared != "map":
+            dataset = dataset.to_iterable_dataset()
+        if declared == "stream without declared columns":
+            dataset = dataset.map(lambda row: row)
+        for required in (PAIRED, UNPAIRED, ("prompt", "image")):
+            with pytest.raises(ValueError, match=expected):
+                check_dataset(declare_columns(dataset), required, "training data set")
+        with pytest.raises(ValueError, match=expected):
+            inspect_dataset(dataset)
+        if layout != "pickapic":
+            with pytest.raises(ValueError, match=expected):
+                from_pickapic(dataset)
+
+
+def test_other_layouts():
+    binarized = Dataset.from_list([{"image_simplified_dev": b"", "image_simplified_sd": b"", "category": "a"}])
+    with pytest.raises(
+        ValueError, match=r"load `data-is-better-together/open-image-preferences-v1-binarized` instead"
+    ):
+        check_dataset(binarized, PAIRED, "training data set")
+    # Of these only the names differ.
+    for row in ({"caption": "p", "image": b""}, {"text": "p", "image": b"", "label": True}):
+        with pytest.raises(ValueError, match=r"; rename with `dataset.rename_column"):
+            check_dataset(Dataset.from_list([row]), UNPAIRED, "training data set")
+
+
+def test_pairs_of_pickapic_need_no_names_of_images():
+    rows = pickapic().remove_columns(["image_0_uid", "image_1_uid"])
+    assert paired_rows(from_pickapic(rows)) == [("cat", 0, 1), ("cat", 2, 0), ("dog", 4, 3)]
+    with pytest.raises(ValueError, match=r"lacks the columns 'image_0_uid', 'image_1_uid' of Pick-a-Pic"):
+        from_pickapic(rows, layout="unpaired")
+
+
 def test_inspection_errors():
     with pytest.raises(ValueError, match=r"Found the columns \['caption'.*expected prompt, chosen, rejected or"):
         inspect_dataset(pickapic())
@@ -705,13 +760,42 @@ def test_inspect_command(pickapic_folder, capsys):
 
 def test_convert_command(pickapic_folder, tmp_path, capsys, refused):
     command = ["data", "convert", "pickapic", "--dataset_name", pickapic_folder, "--output_dir", str(tmp_path / "out")]
-    message = refused(*command)
-    assert re.search(r"Found 1 rows without a prompt, 2 .*with --empty_prompt, --contradiction\.", message)
-    assert not (tmp_path / "out").exists()
-    main([*command, "--empty_prompt", "drop", "--contradiction", "keep"])
-    assert "4 of 5 rows written" in capsys.readouterr().out
+    main([*command, "--problems", "drop", "--contradiction", "keep"])
+    captured = capsys.readouterr()
+    assert "4 of 5 rows written" in captured.out
+    for title in ("Counting the comparisons", "Inspecting", "Writing"):
+        assert title in captured.err
     dataset = load_dataset(str(tmp_path / "out"), split="train")
     assert paired_rows(dataset) == [("cat", 0, 1), ("cat", 2, 0), ("dog", 4, 3), ("dog", 3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("options", "undecided"),
+    [
+        ("", "--empty_prompt, --broken_image, --identical_pair, --contradiction, --duplicate_row"),
+        ("--problems keep", "--broken_image"),
+        ("--empty_prompt drop --contradiction keep", "--broken_image, --identical_pair, --duplicate_row"),
+        ("--layout unpaired --broken_image drop", "--empty_prompt, --contradiction, --duplicate_row"),
+    ],
+)
+def test_convert_asks_before_it_reads(tmp_path, monkeypatch, options, undecided):
+    monkeypatch.setattr(cli_data, "load_dataset", lambda *args, **kwargs: pytest.fail("read"))
+    command = ["data", "convert", "pickapic", "--dataset_name", "no/such", "--output_dir", str(tmp_path)]
+    with pytest.raises(ValueError, match=rf"Found no choice for {undecided}, expected one before the data are read"):
+        main([*command, *options.split()])
+    (tmp_path / "train-00000-of-00001.parquet").touch()
+    with pytest.raises(ValueError, match=r"Found train-00000-of-00001.parquet in .*: expected no such split"):
+        main([*command, "--problems", "drop"])
+
+
+def test_convert_keeps_all_but_broken_images(tmp_path, capsys):
+    rows = [("a", picture(0), True), ("a", picture(0), False), ("a", picture(0), True), ("", picture(1), True)]
+    rows.append(("b", {"bytes": PNGS[2][:-60], "path": None}, True))
+    (tmp_path / "in").mkdir()
+    make_unpaired(rows).to_parquet(tmp_path / "in" / "train.parquet")
+    command = ["data", "convert", "preferences", "--dataset_name", str(tmp_path / "in")]
+    main([*command, "--output_dir", str(tmp_path / "out"), "--problems", "keep", "--broken_image", "drop"])
+    assert "4 of 5 rows written" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("layout", ["kto_csv", "hpdv2", "hpdv3", "folders", "scores", "webdataset", "preferences"])

@@ -49,6 +49,7 @@ IMPORTED = {
     "diffusers.loaders.single_file_utils.DIFFUSERS_TO_LDM_MAPPING": "value",
     "diffusers.pipelines.flux2.pipeline_flux2.compute_empirical_mu": "(image_seq_len, num_steps)",
     "diffusers.quantizers.quantization_config.QuantizationConfigMixin": "class",
+    "huggingface_hub.constants.HF_HUB_CACHE": "value",
     "huggingface_hub.repocard.metadata_load": "(local_path)",
     "peft.tuners.tuners_utils.BaseTunerLayer": "class",
     "peft.utils.other.AuxiliaryTrainingWrapper": "class",

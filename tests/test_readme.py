@@ -13,7 +13,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 
 from trl_diffusion import families
-from trl_diffusion.cli import bench, beta, main, training
+from trl_diffusion.cli import bench, beta, data, main, training
 
 
 ROOT = Path(__file__).parents[1]
@@ -118,7 +118,11 @@ def understand(program: str, command: str, *argv: str) -> None:
         script = importlib.import_module(f"trl_diffusion.cli.{Path(args.training_script).stem}")
         config_class = getattr(script, f"Diffusion{Path(args.training_script).stem.upper()}Config")
         training.make_parser(config_class).parse_args_and_config(args.training_script_args)
-    elif command in ("data", "evaluate", "export", "generate"):
+    elif (program, command) == ("trl-diffusion", "data"):
+        args = data.make_parser().parse_args(argv)
+        if args.command == "convert":
+            data.policies_of(args)
+    elif command in ("evaluate", "export", "generate"):
         importlib.import_module(f"trl_diffusion.cli.{command}").make_parser().parse_args(argv)
     elif command == "env" or (command, *argv)[:2] == ("beta", "convert"):
         main([command, *argv])  # done at once

@@ -21,6 +21,7 @@ from trl_diffusion.cli import dpo, kto, main, rpo, training
 from trl_diffusion.cli.arguments import ModelArguments
 from trl_diffusion.cli.bench import make_estimate_parser
 from trl_diffusion.cli.data import make_parser as make_data_parser
+from trl_diffusion.cli.data import policies_of
 from trl_diffusion.trainer.base_trainer import DiffusionTrainer
 
 
@@ -83,6 +84,8 @@ def test_commands_of_the_comments(name):
     assert converted
     for words in converted:
         args = make_data_parser().parse_args(words[2:])
+        if args.command == "convert":
+            policies_of(args)
         layout = getattr(args, "layout", "unpaired" if args.source == "folders" else "paired")
         assert layout == ("unpaired" if method == "kto" else "paired")
     # What the first one writes, or looks at, is what is trained on.

@@ -23,6 +23,8 @@ class ScriptArguments:
             Split to evaluate on, if `--eval_strategy` asks for evaluation.
         dataset_streaming (`bool`, *optional*, defaults to `False`):
             Whether to stream the data set.
+        allow_outside (`bool`, *optional*, defaults to `False`):
+            Whether rows may name image files outside of the data set's folder.
     """
 
     dataset_name: str = field(metadata={"help": "Hub id or local folder of the data set."})
@@ -30,6 +32,9 @@ class ScriptArguments:
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on, where asked for."})
     dataset_streaming: bool = field(default=False, metadata={"help": "Whether to stream the data set."})
+    allow_outside: bool = field(
+        default=False, metadata={"help": "Whether rows may name image files outside of the data set's folder."}
+    )
 
 
 @dataclass

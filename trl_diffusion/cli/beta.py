@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datasets import Dataset
 
 from ..data.formats import declare_columns
+from ..data.paths import folder_of, inside_only
 from ..evaluation.calibration import FACTORS, Calibration, calibrate_beta, convert_beta
 from .arguments import ModelArguments, ScriptArguments
 from .errors import Parser, positive_float, positive_int
@@ -126,6 +127,7 @@ def first_rows(script_args: ScriptArguments, count: int) -> Dataset:
         script_args.dataset_train_split,
         script_args.dataset_streaming,
     )
+    dataset = inside_only(dataset, folder_of(script_args.dataset_name), script_args.allow_outside)
     if not script_args.dataset_streaming:
         return dataset.select(range(min(count, len(dataset))))
     dataset = declare_columns(dataset)

@@ -4,13 +4,15 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import load_dataset
 
 from ..data import converters
 from ..data.buckets import Size, parse_sizes, show_size
 from ..data.formats import AnyDataset
-from ..data.inspection import PROBLEMS, DataReport, inspect_dataset, write_parquet
+from ..data.inspection import PROBLEMS, DataReport, check_split_is_new, inspect_dataset, write_parquet
+from ..data.paths import folder_of, inside_only
 from .errors import Parser, check_output_dir, data_file, non_negative_int
 from .inputs import load_data, reading
 
@@ -26,6 +28,11 @@ def _hub_options(parser: argparse.ArgumentParser) -> None:
 
 def _hub(args: argparse.Namespace) -> AnyDataset:
     return load_data(args.dataset_name, args.dataset_config, args.dataset_split, streaming=True)
+
+
+def _files(args: argparse.Namespace) -> dict[str, Any]:
+    """Which files the rows of a data set may name, as the converters take it."""
+    return {"image_dir": folder_of(args.dataset_name), "allow_outside": args.allow_outside}
 
 
 def _pickapic_options(parser: argparse.ArgumentParser) -> None:
@@ -82,59 +89,77 @@ def _webdataset_options(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout of the data: its options, how to read it as a stream, and what to count before it is converted."""
+    """
+    A layout of the data: its options, how to read it as a stream, what to count before it is converted, and whether
+    there can be pairs in it.
+    """
 
     help: str
     add_options: Callable[[argparse.ArgumentParser], None]
     load: Callable[[argparse.Namespace], AnyDataset]
     count: Callable[[argparse.Namespace], dict[str, int]] = lambda args: {}
+    has_pairs: Callable[[argparse.Namespace], bool] = lambda args: True
 
 
 _SOURCES = ("dataset_name", "annotations", "liked_dir", "disliked_dir", "files")
 
 LAYOUTS = {
     "preferences": Layout(
-        "prompt, image, label or prompt, chosen, rejected: the trainers' own columns", _hub_options, _hub
+        "prompt, image, label or prompt, chosen, rejected: the trainers' own columns",
+        _hub_options,
+        lambda args: inside_only(_hub(args), folder_of(args.dataset_name), args.allow_outside),
     ),
     "pickapic": Layout(
         "Pick-a-Pic v1 and v2",
         _pickapic_options,
-        lambda args: converters.from_pickapic(_hub(args), layout=args.layout, ties=args.ties),
+        lambda args: converters.from_pickapic(_hub(args), layout=args.layout, ties=args.ties, **_files(args)),
         lambda args: converters.count_pickapic(_hub(args)),
+        lambda args: args.layout == "paired",
     ),
     "kto_csv": Layout(
         "the CSV of the Diffusion-KTO authors",
         _kto_csv_options,
-        lambda args: converters.from_kto_csv(args.annotations, args.image_dir, policy=args.policy, streaming=True),
+        lambda args: converters.from_kto_csv(
+            args.annotations, args.image_dir, policy=args.policy, streaming=True, allow_outside=args.allow_outside
+        ),
         lambda args: converters.count_kto_csv(args.annotations),
+        lambda args: False,
     ),
     "hpdv2": Layout(
         "HPD v2, train.json or test.json",
         _hpdv2_options,
-        lambda args: converters.from_hpdv2(args.annotations, args.image_dir, ties=args.ties, streaming=True),
+        lambda args: converters.from_hpdv2(
+            args.annotations, args.image_dir, ties=args.ties, streaming=True, allow_outside=args.allow_outside
+        ),
         lambda args: converters.count_hpdv2(args.annotations),
     ),
     "hpdv3": Layout(
         "HPD v3",
         _file_options,
-        lambda args: converters.from_hpdv3(args.annotations, args.image_dir, streaming=True),
+        lambda args: converters.from_hpdv3(
+            args.annotations, args.image_dir, streaming=True, allow_outside=args.allow_outside
+        ),
     ),
     "open_image_preferences": Layout(
         "open-image-preferences-v1-binarized",
         _hub_options,
-        lambda args: converters.from_open_image_preferences(_hub(args)),
+        lambda args: converters.from_open_image_preferences(_hub(args), **_files(args)),
     ),
     "folders": Layout(
         "a folder of liked and one of disliked images",
         _folders_options,
-        lambda args: converters.from_folders(args.liked_dir, args.disliked_dir, streaming=True),
+        lambda args: converters.from_folders(
+            args.liked_dir, args.disliked_dir, streaming=True, allow_outside=args.allow_outside
+        ),
+        has_pairs=lambda args: False,
     ),
     "scores": Layout(
         "scored images: prompt, image and a score",
         _scores_options,
         lambda args: converters.from_scores(
-            _hub(args), score=args.score, threshold=args.threshold, top=args.top, bottom=args.bottom
+            _hub(args), score=args.score, threshold=args.threshold, top=args.top, bottom=args.bottom, **_files(args)
         ),
+        has_pairs=lambda args: False,
     ),
     "webdataset": Layout(
         "tar files in the WebDataset format",
@@ -146,7 +171,9 @@ LAYOUTS = {
             label=args.label,
             chosen=args.chosen,
             rejected=args.rejected,
+            allow_outside=args.allow_outside,
         ),
+        has_pairs=lambda args: args.chosen is not None,
     ),
 }
 
@@ -166,6 +193,11 @@ def make_parser() -> argparse.ArgumentParser:
         for name, layout in LAYOUTS.items():
             options = layouts.add_parser(name, help=layout.help, description=layout.help)
             layout.add_options(options)
+            options.add_argument(
+                "--allow_outside",
+                action="store_true",
+                help="read images and captions also from files outside of the folders of the data",
+            )
             options.add_argument("--first_rows", type=non_negative_int, default=3, help="how many rows to show (3)")
             options.add_argument(
                 "--resolution",
@@ -181,10 +213,15 @@ def make_parser() -> argparse.ArgumentParser:
             if command == "convert":
                 options.add_argument("--output_dir", type=Path, required=True, help="folder of the parquet files")
                 options.add_argument("--output_split", default="train", help="split that they are (train)")
+                options.add_argument(
+                    "--problems",
+                    choices=["drop", "keep"],
+                    help="what to do with all rows that have one of these problems",
+                )
                 for problem, meaning in PROBLEMS.items():
                     # What cannot be read cannot be kept either.
                     choices = ["drop"] if problem == "broken_image" else ["drop", "keep"]
-                    options.add_argument(f"--{problem}", choices=choices, help=f"what becomes of {meaning}")
+                    options.add_argument(f"--{problem}", choices=choices, help=f"what to do with {meaning}")
     return parser
 
 
@@ -215,6 +252,28 @@ def describe(report: DataReport, counts: dict[str, int], buckets: list[Size] | N
     return "\n".join(lines)
 
 
+def policies_of(args: argparse.Namespace) -> dict[str, str]:
+    """
+    What to do with the rows that have a problem: "drop" or "keep" for each of [`PROBLEMS`].
+
+    Raises:
+        `ValueError`: if one of them is undecided.
+    """
+    policies = {problem: getattr(args, problem) or args.problems for problem in PROBLEMS}
+    if args.problems == "keep":
+        policies["broken_image"] = args.broken_image
+    if not LAYOUTS[args.source].has_pairs(args):
+        policies["identical_pair"] = "keep"  # there is none
+    undecided = [f"--{problem}" for problem, policy in policies.items() if policy is None]
+    if undecided:
+        raise ValueError(
+            f"Found no choice for {', '.join(undecided)}, expected one before the data are read: add `--problems "
+            "drop`, or `--problems keep --broken_image drop`, or decide one by one; `trl-diffusion data inspect` "
+            "counts such rows."
+        )
+    return policies
+
+
 def run(argv: list[str]) -> None:
     """Streams: neither command needs more memory for more rows than some dozen bytes each."""
     args = make_parser().parse_args(argv)
@@ -227,19 +286,15 @@ def run(argv: list[str]) -> None:
 def inspect_or_convert(args: argparse.Namespace) -> None:
     layout = LAYOUTS[args.source]
     buckets = parse_sizes(args.resolution) if args.resolution else None
-    counts = layout.count(args)
+    converting = args.command == "convert"
+    policies = policies_of(args) if converting else {}
+    if converting:
+        check_split_is_new(args.output_dir, args.output_split)
     dataset = layout.load(args)
+    counts = layout.count(args)
     report = inspect_dataset(dataset, decode=not args.headers_only, first_rows=args.first_rows)
     print(describe(report, counts, buckets))
-    if args.command == "inspect":
-        return
-    policies = {problem: getattr(args, problem) for problem in PROBLEMS}
-    undecided = [problem for problem in PROBLEMS if report.problems[problem].any() and policies[problem] is None]
-    if undecided:
-        found = ", ".join(f"{int(report.problems[problem].sum()):,} {PROBLEMS[problem]}" for problem in undecided)
-        raise ValueError(
-            f"Found {found}: say what becomes of them with " + ", ".join(f"--{problem}" for problem in undecided) + "."
-        )
-    keep = report.keep(problem for problem, policy in policies.items() if policy == "drop")
-    files = write_parquet(dataset, args.output_dir, split=args.output_split, keep=keep)
-    print(f"{int(keep.sum()):,} of {report.rows:,} rows written to {args.output_dir} in {len(files)} files.")
+    if converting:
+        keep = report.keep(problem for problem, policy in policies.items() if policy == "drop")
+        files = write_parquet(dataset, args.output_dir, split=args.output_split, keep=keep)
+        print(f"{int(keep.sum()):,} of {report.rows:,} rows written to {args.output_dir} in {len(files)} files.")

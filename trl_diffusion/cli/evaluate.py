@@ -13,8 +13,12 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
+<<<<<<< HEAD
 from ..data.buckets import show_size
 from ..data.formats import check_dataset
+=======
+from ..data.paths import folder_of, inside_only
+>>>>>>> w/data
 from ..evaluation.images import ImageFolder
 from ..evaluation.implicit import implicit_accuracy
 from ..evaluation.prompts import read_prompts
@@ -63,8 +67,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset_config", help="configuration of the data set")
     parser.add_argument("--dataset_split", default="test", help="split of the data set (test)")
     parser.add_argument(
+<<<<<<< HEAD
         "--num_draws", type=positive_int, default=10, help="timesteps and noises for each of its rows (10)"
     )
+=======
+        "--allow_outside", action="store_true", help="let its rows name image files outside of its folder"
+    )
+    parser.add_argument("--num_draws", type=int, default=10, help="timesteps and noises for each of its rows (10)")
+>>>>>>> w/data
     parser.add_argument(
         "--output_dir", type=Path, required=True, help="where report.json, .md, .html, implicit.json and images/ go"
     )
@@ -142,7 +152,7 @@ def compare_errors(args: argparse.Namespace) -> None:
             f"The data set {args.dataset_name!r} has no split {args.dataset_split!r}: found {list(dataset)}; choose "
             "with `--dataset_split`."
         )
-    dataset = dataset[args.dataset_split]
+    dataset = inside_only(dataset[args.dataset_split], folder_of(args.dataset_name), args.allow_outside)
     single = "label" in dataset.column_names
     config_class, trainer_class = (
         (DiffusionKTOConfig, DiffusionKTOTrainer) if single else (DiffusionDPOConfig, DiffusionDPOTrainer)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from accelerate.commands.launch import launch_command, launch_command_parser
 
+from ..data.paths import folder_of, inside_only
 from .arguments import ModelArguments, ScriptArguments
 from .inputs import ConfigParser, check_model, load_data
 
@@ -27,6 +28,8 @@ def make_trainer(trainer_class, script_args: ScriptArguments, training_args, mod
             f"The data set {script_args.dataset_name!r} has no split {missing[0]!r}: found {list(dataset)}; choose "
             "with `--dataset_train_split` and `--dataset_test_split`."
         )
+    folder = folder_of(script_args.dataset_name)
+    dataset = {split: inside_only(dataset[split], folder, script_args.allow_outside) for split in splits}
     training_args.model_init_kwargs = model_args.init_kwargs() | (training_args.model_init_kwargs or {})
     return trainer_class(
         model=model_args.model_name_or_path,

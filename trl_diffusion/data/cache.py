@@ -11,33 +11,20 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import xxhash
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset, Image, concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from datasets.fingerprint import Hasher, generate_random_fingerprint
 from filelock import FileLock
+
+from .paths import image_files
 
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "complete.json"
 """The file of a cache entry that names its other files and their sizes; written last."""
-
-
-def image_files(dataset: Dataset) -> list[str]:
-    """The files, each once, that the images of a data set are read from, where it does not hold their bytes."""
-    found: set[str] = set()
-    for name, feature in dataset.features.items():
-        if isinstance(feature, Image):
-            column = dataset.data.column(name)
-            paths = pc.if_else(pc.is_null(pc.struct_field(column, "bytes")), pc.struct_field(column, "path"), None)
-            if dataset._indices is not None:
-                # Of the paths alone: the rows would take the bytes of other images along.
-                paths = paths.take(dataset._indices.column(0))
-            found.update(paths.unique().drop_null().to_pylist())
-    return sorted(found)
 
 
 def data_fingerprint(dataset: Dataset) -> str:

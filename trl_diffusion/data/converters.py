@@ -20,16 +20,15 @@ import pyarrow as pa
 from datasets import Dataset, Features, Image, IterableDataset, Value
 from datasets.exceptions import DatasetGenerationError
 from PIL import Image as PILImage
+from tqdm.auto import tqdm
 
 from .cache import fingerprint, folder_state
-from .formats import AnyDataset, check_dataset
+from .formats import HPDV3, KTO_CSV, PICKAPIC, AnyDataset, advice_for, check_dataset
+from .paths import BATCH_SIZE, check_inside, inside_only, stored_image
 
 
 PAIRED = Features({"prompt": Value("string"), "chosen": Image(), "rejected": Image()})
 UNPAIRED = Features({"prompt": Value("string"), "image": Image(), "label": Value("bool")})
-
-# Rows in memory at a time: images of a megabyte each make 200 MB of a batch of pairs.
-BATCH_SIZE = 100
 
 Path_ = str | os.PathLike
 
@@ -53,8 +52,7 @@ def _check_columns(dataset: AnyDataset, columns: Sequence[str], layout: str) -> 
     if missing:
         raise ValueError(
             f"The data set lacks the column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))} of {layout}: "
-            f"found {sorted(found)}; choose the converter of its layout, or rename with "
-            "`dataset.rename_column(old, new)`."
+            f"found {sorted(found)}; {advice_for(found, 'choose the converter of its layout, or rename its columns')}."
         )
 
 
@@ -66,26 +64,32 @@ def _undecoded(dataset: AnyDataset) -> AnyDataset:
     return dataset
 
 
-def _image(value: Any) -> dict[str, Any] | None:
-    """An image as it is stored, from the bytes of a file, or from the dictionary that it is already."""
-    return {"bytes": value, "path": None} if isinstance(value, bytes) else value
-
-
 def _transform(
     dataset: AnyDataset,
     convert: Callable[[dict[str, Any], int], list[tuple]],
     columns: Sequence[str],
     features: Features,
+    image_dir: Path_ | None,
+    allow_outside: bool,
 ) -> AnyDataset:
     """
     Applies `convert`, which turns a row and its number into any number of new rows, tuples in the order of `features`.
 
-    Only `columns` are read, and only the new columns remain.
+    Only `columns` are read, and only the new columns remain. Of images see [`~data.paths.stored_image`].
     """
+
+    def new_rows(row: dict[str, Any], index: int) -> Iterator[list]:
+        for values in convert(row, index):
+            yield [
+                stored_image(value, image_dir, allow_outside, f"Row {index} of the data set")
+                if isinstance(feature, Image)
+                else value
+                for value, feature in zip(values, features.values(), strict=True)
+            ]
 
     def convert_batch(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        new = [values for row, index in zip(rows, indices, strict=True) for values in convert(row, index)]
+        new = [values for row, index in zip(rows, indices, strict=True) for values in new_rows(row, index)]
         return {name: [values[i] for values in new] for i, name in enumerate(features)}
 
     columns = list(columns)
@@ -114,6 +118,22 @@ def _from_rows(rows: Callable[..., Iterator[dict]], features: Features, streamin
         return Dataset.from_generator(rows, features=features, gen_kwargs=kwargs, fingerprint=name)
     except DatasetGenerationError as error:
         raise error.__cause__ or error from None  # the cause says what is wrong with the file
+
+
+def _columns_in_batches(dataset: AnyDataset, columns: list[str], title: str) -> Iterator[dict[str, list]]:
+    """A pass over a few columns, images not among them."""
+    with tqdm(desc=title, total=len(dataset) if isinstance(dataset, Dataset) else None, unit=" rows") as bar:
+        for batch in dataset.select_columns(columns).with_format(None).iter(batch_size=10_000):
+            yield batch
+            bar.update(len(batch[columns[0]]))
+
+
+def _file_of(image_dir: str, name: str, allow_outside: bool, where: str) -> str:
+    """The path of an image file that is named relative to a folder."""
+    path = os.path.join(image_dir, name)
+    if not allow_outside:
+        check_inside(path, image_dir, where)
+    return path
 
 
 def _file_state(path: Path_) -> tuple[str, int, int]:
@@ -161,7 +181,7 @@ def _read_comparisons(dataset: AnyDataset) -> tuple[np.ndarray, np.ndarray, np.n
     columns = [*_UIDS, *_judgement_columns(dataset)]
     verdicts, codes, uids = [], [], []
     index = 0
-    for batch in dataset.select_columns(columns).with_format(None).iter(batch_size=10_000):
+    for batch in _columns_in_batches(dataset, columns, "Reading the comparisons"):
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         found = [_verdict(row, index + i) for i, row in enumerate(rows)]
         verdicts.append(np.array([np.nan if value is None else value for value in found], np.float32))
@@ -199,10 +219,10 @@ def count_pickapic(dataset: AnyDataset) -> dict[str, int]:
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`): In the layout of Pick-a-Pic; images are not read.
     """
-    _check_columns(dataset, _LABELS, "Pick-a-Pic")
+    _check_columns(dataset, _LABELS, PICKAPIC.title)
     columns = _judgement_columns(dataset)
     counts: Counter = Counter()
-    for batch in dataset.select_columns(columns).with_format(None).iter(batch_size=10_000):
+    for batch in _columns_in_batches(dataset, columns, "Counting the comparisons"):
         for values in zip(*batch.values(), strict=True):
             counts[_verdict(dict(zip(batch, values, strict=True)), counts.total())] += 1
     return {"comparisons": counts.total(), "ties": counts[0.5], "without_label": counts[None]}
@@ -213,14 +233,16 @@ def from_pickapic(
     *,
     layout: Literal["paired", "unpaired"] = "paired",
     ties: Literal["drop", "both_liked", "error"] = "drop",
+    image_dir: Path_ | None = None,
+    allow_outside: bool = False,
 ) -> AnyDataset:
     """
     Converts [Pick-a-Pic](https://huggingface.co/papers/2305.01569) v1 or v2.
 
     Its columns, of which others are ignored: `caption`; `jpg_0` and `jpg_1`, the bytes of two images (`binary`, or an
     image column); `label_0` and `label_1`, 1 for the preferred image, 0 for the other, 0.5 and 0.5 for a tie;
-    `image_0_uid` and `image_1_uid`; optionally `has_label`, False in rows that hold no judgement and are left out.
-    (Read from the data card of v1; v2 has the same columns in all code that we have seen read it.)
+    unpaired, `image_0_uid` and `image_1_uid`; optionally `has_label`, False in rows that hold no judgement and are
+    left out. (Read from the data card of v1; v2 has the same columns in all code that we have seen read it.)
 
     Unpaired, each image appears once, where it is first judged, and is liked if it was preferred at least once in all
     comparisons that it took part in, the rule of [Diffusion-KTO](https://huggingface.co/papers/2404.04465). (How its
@@ -235,6 +257,11 @@ def from_pickapic(
         ties (`str`, *optional*, defaults to `"drop"`):
             `"drop"` leaves ties out; `"both_liked"`, unpaired only, counts a tie as a win of both; `"error"` refuses
             them.
+        image_dir (`str` or `os.PathLike`, *optional*):
+            Folder in which image files must lie that rows name instead of holding their bytes, symlinks resolved.
+            Without, rows must hold the bytes, or name what the `datasets` library downloaded.
+        allow_outside (`bool`, *optional*, defaults to `False`):
+            Whether rows may name any file.
 
     Returns:
         The same kind of data set as `dataset`.
@@ -251,7 +278,8 @@ def from_pickapic(
             "Found ties='both_liked' with layout='paired', where a tie has no winner: choose layout='unpaired', or "
             "ties='drop'."
         )
-    _check_columns(dataset, ["caption", *_JPGS, *_LABELS, *_UIDS], "Pick-a-Pic")
+    uids = _UIDS if layout == "unpaired" else ()
+    _check_columns(dataset, [*PICKAPIC.columns, *uids], PICKAPIC.title)
     judgement = _judgement_columns(dataset)
 
     def check_tie(index: int) -> None:
@@ -266,10 +294,10 @@ def from_pickapic(
                 check_tie(index)
             if verdict is None or verdict == 0.5:
                 return []
-            first, second = _image(row["jpg_0"]), _image(row["jpg_1"])
+            first, second = row["jpg_0"], row["jpg_1"]
             return [(row["caption"], first, second) if verdict == 1 else (row["caption"], second, first)]
 
-        return _transform(dataset, pair, ["caption", *_JPGS, *judgement], PAIRED)
+        return _transform(dataset, pair, ["caption", *_JPGS, *judgement], PAIRED, image_dir, allow_outside)
 
     verdicts, images, codes = _read_comparisons(dataset)
     for index in np.flatnonzero(verdicts == 0.5)[:1]:
@@ -283,9 +311,9 @@ def from_pickapic(
                 "process and shuffle only what `trl-diffusion data convert` has written."
             )
         found = zip(contributions[index].tolist(), _JPGS, strict=True)
-        return [(row["caption"], _image(row[jpg]), kind == 2) for kind, jpg in found if kind]
+        return [(row["caption"], row[jpg], kind == 2) for kind, jpg in found if kind]
 
-    return _transform(dataset, single, ["caption", *_JPGS, *_UIDS], UNPAIRED)
+    return _transform(dataset, single, ["caption", *_JPGS, *_UIDS], UNPAIRED, image_dir, allow_outside)
 
 
 # ---- The Diffusion-KTO authors' CSV ---------------------------------------------------------------------------------
@@ -296,7 +324,7 @@ KTO_SPLITS = ("exclusive_win", "intersections", "exclusive_lose")
 def _kto_rows(csv_file: str) -> Iterator[dict[str, str]]:
     with open(csv_file, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        missing = {"file_name", "caption", "split"} - set(reader.fieldnames or ())
+        missing = set(KTO_CSV.columns) - set(reader.fieldnames or ())
         if missing:
             raise ValueError(
                 f"{csv_file} lacks the column{'s' * (len(missing) > 1)} {', '.join(map(repr, sorted(missing)))}: "
@@ -312,10 +340,10 @@ def _kto_rows(csv_file: str) -> Iterator[dict[str, str]]:
             yield row
 
 
-def _kto_examples(csv_file: str, image_dir: str, policy: str) -> Iterator[dict[str, Any]]:
+def _kto_examples(csv_file: str, image_dir: str, policy: str, allow_outside: bool) -> Iterator[dict[str, Any]]:
     liked = {"exclusive_win", "intersections"} if policy == "liked_once" else {"exclusive_win"}
     for row in _kto_rows(csv_file):
-        path = os.path.join(image_dir, row["file_name"])
+        path = _file_of(image_dir, row["file_name"], allow_outside, csv_file)
         yield {
             "prompt": row["caption"],
             "image": {"bytes": None, "path": path},
@@ -335,6 +363,7 @@ def from_kto_csv(
     *,
     policy: Literal["liked_once", "liked_always"] = "liked_once",
     streaming: bool = False,
+    allow_outside: bool = False,
 ) -> AnyDataset:
     """
     Converts the annotations that the authors of [Diffusion-KTO](https://huggingface.co/papers/2404.04465) made of
@@ -354,6 +383,8 @@ def from_kto_csv(
             `"liked_always"`: they are disliked (`gt_label_w_il`).
         streaming (`bool`, *optional*, defaults to `False`):
             Whether to return an `IterableDataset`.
+        allow_outside (`bool`, *optional*, defaults to `False`):
+            Whether images may lie outside of `image_dir`, symlinks resolved.
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset`: with the columns `prompt, image, label`.
@@ -371,6 +402,7 @@ def from_kto_csv(
         csv_file=str(csv_file),
         image_dir=str(image_dir),
         policy=policy,
+        allow_outside=allow_outside,
     )
 
 
@@ -434,8 +466,10 @@ def _hpdv2_comparisons(json_file: str) -> Iterator[tuple[str, str, str, bool]]:
             yield prompt, better, worse, cost == other_cost
 
 
-def _pair_of_files(prompt: str, image_dir: str, chosen: str, rejected: str) -> dict[str, Any]:
-    chosen, rejected = os.path.join(image_dir, chosen), os.path.join(image_dir, rejected)
+def _pair_of_files(
+    prompt: str, image_dir: str, names: tuple[str, str], allow_outside: bool, where: str
+) -> dict[str, Any]:
+    chosen, rejected = (_file_of(image_dir, name, allow_outside, where) for name in names)
     return {
         "prompt": prompt,
         "chosen": {"bytes": None, "path": chosen},
@@ -443,12 +477,12 @@ def _pair_of_files(prompt: str, image_dir: str, chosen: str, rejected: str) -> d
     }
 
 
-def _hpdv2_examples(json_file: str, image_dir: str, ties: str) -> Iterator[dict[str, Any]]:
+def _hpdv2_examples(json_file: str, image_dir: str, ties: str, allow_outside: bool) -> Iterator[dict[str, Any]]:
     for prompt, better, worse, tie in _hpdv2_comparisons(json_file):
         if tie and ties == "error":
             raise ValueError(f"{better} and {worse} of {json_file} are a tie: choose ties='drop' to leave ties out.")
         if not tie:
-            yield _pair_of_files(prompt, image_dir, better, worse)
+            yield _pair_of_files(prompt, image_dir, (better, worse), allow_outside, json_file)
 
 
 def count_hpdv2(json_file: Path_) -> dict[str, int]:
@@ -463,6 +497,7 @@ def from_hpdv2(
     *,
     ties: Literal["drop", "error"] = "drop",
     streaming: bool = False,
+    allow_outside: bool = False,
 ) -> AnyDataset:
     """
     Converts the annotations of [HPD v2](https://huggingface.co/papers/2306.09341), `train.json` or `test.json`.
@@ -482,6 +517,8 @@ def from_hpdv2(
             `"drop"` leaves equal judgements out, `"error"` refuses them.
         streaming (`bool`, *optional*, defaults to `False`):
             Whether to return an `IterableDataset`.
+        allow_outside (`bool`, *optional*, defaults to `False`):
+            Whether images may lie outside of `image_dir`, symlinks resolved.
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset`: with the columns `prompt, chosen, rejected`.
@@ -491,18 +528,25 @@ def from_hpdv2(
     """
     _check_choice("ties", ties, ("drop", "error"))
     next(_hpdv2_comparisons(str(json_file)), None)
-    arguments = {"json_file": str(json_file), "image_dir": str(image_dir), "ties": ties}
+    arguments = {
+        "json_file": str(json_file),
+        "image_dir": str(image_dir),
+        "ties": ties,
+        "allow_outside": allow_outside,
+    }
     return _from_rows(_hpdv2_examples, PAIRED, streaming, _file_state(json_file), **arguments)
 
 
-def _hpdv3_examples(json_file: str, image_dir: str) -> Iterator[dict[str, Any]]:
+def _hpdv3_examples(json_file: str, image_dir: str, allow_outside: bool) -> Iterator[dict[str, Any]]:
     for index, row in _json_array(json_file):
         where = f"Object {index} of {json_file}"
-        prompt, chosen, rejected = (_key(row, [name], where) for name in ("prompt", "path1", "path2"))
-        yield _pair_of_files(prompt, image_dir, chosen, rejected)
+        prompt, chosen, rejected = (_key(row, [name], where) for name in HPDV3.columns)
+        yield _pair_of_files(prompt, image_dir, (chosen, rejected), allow_outside, where)
 
 
-def from_hpdv3(json_file: Path_, image_dir: Path_, *, streaming: bool = False) -> AnyDataset:
+def from_hpdv3(
+    json_file: Path_, image_dir: Path_, *, streaming: bool = False, allow_outside: bool = False
+) -> AnyDataset:
     """
     Converts the annotations of [HPD v3](https://huggingface.co/papers/2508.03789).
 
@@ -517,6 +561,8 @@ def from_hpdv3(json_file: Path_, image_dir: Path_, *, streaming: bool = False) -
             The folder that the paths are relative to. Whether the files exist is not checked here.
         streaming (`bool`, *optional*, defaults to `False`):
             Whether to return an `IterableDataset`.
+        allow_outside (`bool`, *optional*, defaults to `False`):
+            Whether images may lie outside of `image_dir`, symlinks resolved.
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset`: with the columns `prompt, chosen, rejected`.
@@ -524,7 +570,7 @@ def from_hpdv3(json_file: Path_, image_dir: Path_, *, streaming: bool = False) -
     Raises:
         `ValueError`: if the file has another layout.
     """
-    arguments = {"json_file": str(json_file), "image_dir": str(image_dir)}
+    arguments = {"json_file": str(json_file), "image_dir": str(image_dir), "allow_outside": allow_outside}
     next(_hpdv3_examples(**arguments), None)
     return _from_rows(_hpdv3_examples, PAIRED, streaming, _file_state(json_file), **arguments)
 
@@ -532,7 +578,9 @@ def from_hpdv3(json_file: Path_, image_dir: Path_, *, streaming: bool = False) -
 # ---- Others ---------------------------------------------------------------------------------------------------------
 
 
-def from_open_image_preferences(dataset: AnyDataset) -> AnyDataset:
+def from_open_image_preferences(
+    dataset: AnyDataset, *, image_dir: Path_ | None = None, allow_outside: bool = False
+) -> AnyDataset:
     """
     Converts `data-is-better-together/open-image-preferences-v1-binarized`.
 
@@ -540,7 +588,13 @@ def from_open_image_preferences(dataset: AnyDataset) -> AnyDataset:
     annotations before they were binarized have another layout, which is not read.
 
     Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`): One split.
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            One split.
+        image_dir (`str` or `os.PathLike`, *optional*):
+            Folder in which image files must lie that rows name instead of holding their bytes, symlinks resolved.
+            Without, rows must hold the bytes, or name what the `datasets` library downloaded.
+        allow_outside (`bool`, *optional*, defaults to `False`):
+            Whether rows may name any file.
 
     Returns:
         The same kind of data set.
@@ -551,13 +605,13 @@ def from_open_image_preferences(dataset: AnyDataset) -> AnyDataset:
     """
     _check_columns(dataset, list(PAIRED), "open-image-preferences")
     check_dataset(dataset, tuple(PAIRED), "open-image-preferences data set")
-    return dataset.select_columns(list(PAIRED))
+    return inside_only(dataset.select_columns(list(PAIRED)), image_dir, allow_outside)
 
 
 _EXTENSIONS = frozenset(PILImage.registered_extensions())
 
 
-def _folder_images(folder: str) -> list[Path]:
+def _folder_images(folder: str, allow_outside: bool) -> list[Path]:
     if not os.path.isdir(folder):
         raise ValueError(f"Found no folder {folder!r}: expected one with images and a .txt caption beside each.")
     images = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in _EXTENSIONS)
@@ -569,17 +623,22 @@ def _folder_images(folder: str) -> list[Path]:
             f"Found no caption for {len(bare)} of {len(images)} images in {folder!r}, the first {str(bare[0])!r}: "
             f"expected {bare[0].with_suffix('.txt').name!r} beside it; an empty file stands for an empty prompt."
         )
+    if not allow_outside:
+        for file in (path for image in images for path in (image, image.with_suffix(".txt"))):
+            check_inside(str(file), folder, f"The folder {folder!r}")
     return images
 
 
-def _folder_examples(liked_dir: str, disliked_dir: str) -> Iterator[dict[str, Any]]:
+def _folder_examples(liked_dir: str, disliked_dir: str, allow_outside: bool) -> Iterator[dict[str, Any]]:
     for folder, label in ((liked_dir, True), (disliked_dir, False)):
-        for path in _folder_images(folder):
+        for path in _folder_images(folder, allow_outside):
             prompt = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
             yield {"prompt": prompt, "image": {"bytes": None, "path": str(path)}, "label": label}
 
 
-def from_folders(liked_dir: Path_, disliked_dir: Path_, *, streaming: bool = False) -> AnyDataset:
+def from_folders(
+    liked_dir: Path_, disliked_dir: Path_, *, streaming: bool = False, allow_outside: bool = False
+) -> AnyDataset:
     """
     Reads a folder of liked and one of disliked images, with their captions in text files beside them: `cat.png` and
     `cat.txt`. Sub-folders are read too; files that are neither are ignored.
@@ -591,6 +650,8 @@ def from_folders(liked_dir: Path_, disliked_dir: Path_, *, streaming: bool = Fal
             Folder of disliked images.
         streaming (`bool`, *optional*, defaults to `False`):
             Whether to return an `IterableDataset`.
+        allow_outside (`bool`, *optional*, defaults to `False`):
+            Whether images and captions may be symlinks to files outside of their folder.
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset`: with the columns `prompt, image, label`, liked images first,
@@ -600,11 +661,10 @@ def from_folders(liked_dir: Path_, disliked_dir: Path_, *, streaming: bool = Fal
         `ValueError`: if a folder is missing or without images, or an image is without a caption.
     """
     for folder in (liked_dir, disliked_dir):
-        _folder_images(str(folder))
+        _folder_images(str(folder), allow_outside)
     state = [folder_state(str(folder)) for folder in (liked_dir, disliked_dir)]
-    return _from_rows(
-        _folder_examples, UNPAIRED, streaming, state, liked_dir=str(liked_dir), disliked_dir=str(disliked_dir)
-    )
+    arguments = {"liked_dir": str(liked_dir), "disliked_dir": str(disliked_dir), "allow_outside": allow_outside}
+    return _from_rows(_folder_examples, UNPAIRED, streaming, state, **arguments)
 
 
 def from_scores(
@@ -614,6 +674,8 @@ def from_scores(
     threshold: float | None = None,
     top: float | None = None,
     bottom: float | None = None,
+    image_dir: Path_ | None = None,
+    allow_outside: bool = False,
 ) -> AnyDataset:
     """
     Makes likes and dislikes of scored images.
@@ -634,6 +696,11 @@ def from_scores(
             Share of liked images, in (0, 1).
         bottom (`float`, *optional*):
             Share of disliked images, in (0, 1); together with `top` at most 1.
+        image_dir (`str` or `os.PathLike`, *optional*):
+            Folder in which image files must lie that rows name instead of holding their bytes, symlinks resolved.
+            Without, rows must hold the bytes, or name what the `datasets` library downloaded.
+        allow_outside (`bool`, *optional*, defaults to `False`):
+            Whether rows may name any file.
 
     Returns:
         The same kind of data set with the columns `prompt, image, label`.
@@ -660,8 +727,7 @@ def from_scores(
     else:
         if top is None or bottom is None or not (0 < top < 1 and 0 < bottom < 1 and top + bottom <= 1):
             raise ValueError(f"Found top={top} and bottom={bottom}, expected shares in (0, 1) that sum to at most 1.")
-        batches = dataset.select_columns(score).with_format(None).iter(batch_size=10_000)
-        found = [np.array(batch[score], object) for batch in batches]
+        found = [np.array(b[score], object) for b in _columns_in_batches(dataset, [score], "Reading the scores")]
         values = np.array([checked(value, i) for i, value in enumerate(np.concatenate(found or [np.empty(0)]))], float)
         if not len(values):
             raise ValueError("The data set is empty: expected scored images.")
@@ -679,7 +745,7 @@ def from_scores(
             return [(row["prompt"], row["image"], True)]
         return [(row["prompt"], row["image"], False)] if threshold is not None or value <= low else []
 
-    return _transform(dataset, label, ["prompt", "image", score], UNPAIRED)
+    return _transform(dataset, label, ["prompt", "image", score], UNPAIRED, image_dir, allow_outside)
 
 
 def from_webdataset(
@@ -690,6 +756,8 @@ def from_webdataset(
     label: str = "cls",
     chosen: str | None = None,
     rejected: str | None = None,
+    image_dir: Path_ | None = None,
+    allow_outside: bool = False,
 ) -> AnyDataset:
     """
     Converts tar files in the [WebDataset](https://huggingface.co/docs/hub/datasets-webdataset) format, in which the
@@ -711,6 +779,11 @@ def from_webdataset(
             Field of the chosen images. With `rejected`, the data are pairs, and `image` and `label` are not read.
         rejected (`str`, *optional*):
             Field of the rejected images.
+        image_dir (`str` or `os.PathLike`, *optional*):
+            Folder in which image files must lie that rows name instead of holding their bytes, symlinks resolved.
+            Without, rows must hold the bytes, or name what the `datasets` library downloaded.
+        allow_outside (`bool`, *optional*, defaults to `False`):
+            Whether rows may name any file.
 
     Returns:
         The same kind of data set, with the columns `prompt, image, label` or `prompt, chosen, rejected`.
@@ -743,4 +816,5 @@ def from_webdataset(
             values[2] = bool(values[2])
         return [tuple(values)]
 
-    return _transform(dataset, convert, sorted(set(columns)), UNPAIRED if chosen is None else PAIRED)
+    features = UNPAIRED if chosen is None else PAIRED
+    return _transform(dataset, convert, sorted(set(columns)), features, image_dir, allow_outside)

@@ -4,8 +4,8 @@ Unpaired: `prompt, image, label`. Paired: `prompt, chosen, rejected`. Supervised
 optional `weight`. Nothing is guessed and nothing is silently converted: other layouts go through a named converter.
 """
 
-from collections.abc import Mapping
-from typing import TypeAlias
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, TypeAlias
 
 import datasets
 import numpy as np
@@ -28,6 +28,62 @@ COLUMN_KINDS = {
 EMBEDDING_COLUMNS = ("chosen_embedding", "rejected_embedding")
 REF_ERRORS = "ref_errors"
 """The column of errors that the reference made of an example's draws, shape `(draws, images)`."""
+
+
+class KnownLayout(NamedTuple):
+    """A layout of the data that needs a converter, and the columns by which it is recognised."""
+
+    title: str
+    columns: tuple[str, ...]
+    converter: str | None
+    alone: bool = False
+    """Whether it has no other columns."""
+
+    def advice(self) -> str:
+        """How to get the trainers' columns."""
+        if self.converter is None:
+            return "load `data-is-better-together/open-image-preferences-v1-binarized` instead"
+        return (
+            f"convert it with `trl-diffusion data convert {self.converter}`, or in Python with "
+            f"`trl_diffusion.data.from_{self.converter}`"
+        )
+
+
+# The converters read these columns; some read more.
+PICKAPIC = KnownLayout("Pick-a-Pic", ("caption", "jpg_0", "jpg_1", "label_0", "label_1"), "pickapic")
+KTO_CSV = KnownLayout("the CSV of the Diffusion-KTO authors", ("file_name", "caption", "split"), "kto_csv")
+HPDV2_TRAIN = KnownLayout("HPD v2", ("prompt", "human_preference"), "hpdv2")
+HPDV2_TEST = KnownLayout("the test set of HPD v2", ("prompt", "rank"), "hpdv2")
+HPDV3 = KnownLayout("HPD v3", ("prompt", "path1", "path2"), "hpdv3")
+KNOWN_LAYOUTS = (
+    PICKAPIC,
+    KTO_CSV,
+    HPDV2_TRAIN,
+    HPDV2_TEST,
+    HPDV3,
+    KnownLayout(
+        "open-image-preferences before it was binarized", ("image_simplified_dev", "image_simplified_sd"), None
+    ),
+    KnownLayout("tar files in the WebDataset format", ("__key__", "__url__"), "webdataset"),
+    KnownLayout("a folder of images without prompts", ("image", "label"), "folders", alone=True),
+    KnownLayout("a folder of images without prompts", ("image",), "folders", alone=True),
+)
+
+
+def known_layout(names: Iterable[str]) -> KnownLayout | None:
+    """The layout that the columns of a data set look like, if it is known."""
+    found = set(names)
+    for layout in KNOWN_LAYOUTS:
+        if found == set(layout.columns) if layout.alone else found.issuperset(layout.columns):
+            return layout
+    return None
+
+
+def advice_for(names: Iterable[str], otherwise: str) -> str:
+    """How to get the trainers' columns from these, in words that end an error message."""
+    layout = known_layout(names)
+    return otherwise if layout is None else f"this looks like {layout.title}: {layout.advice()}"
+
 
 _FIXES = {
     "image": "`dataset.cast_column({name!r}, datasets.Image())`",
@@ -57,7 +113,8 @@ def _check_features(features: Mapping, columns: list[str], what: str) -> None:
     if missing:
         raise ValueError(
             f"The {what} lacks the column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}: found "
-            f"{sorted(features)}, expected {columns}; rename with `dataset.rename_column(old, new)`."
+            f"{sorted(features)}, expected {columns}; "
+            f"{advice_for(features, 'rename with `dataset.rename_column(old, new)`')}."
         )
     for name in columns:
         kind = COLUMN_KINDS[name]
@@ -126,6 +183,12 @@ def declare_columns(dataset: AnyDataset) -> AnyDataset:
     types["vector"] = List(Value("float32"))
     first: Mapping = next(iter(dataset), {})
     names = [name for name in first if name in COLUMN_KINDS]
+    if first and "image" not in {COLUMN_KINDS[name] for name in names}:
+        expected = "an image column of the trainers: 'image', or 'chosen' and 'rejected'"
+        raise ValueError(
+            f"Found the columns {sorted(first)}, expected {expected}; "
+            f"{advice_for(first, 'rename with `dataset.rename_column(old, new)`')}."
+        )
     check_row(first, names, 0)
     return dataset.select_columns(names).cast(datasets.Features({name: types[COLUMN_KINDS[name]] for name in names}))
 

@@ -17,14 +17,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Features, Image
+from datasets import Dataset, Features, Image
 from datasets.table import embed_table_storage
 from datasets.utils.file_utils import xopen
 from PIL import Image as PILImage
+from tqdm.auto import tqdm
 
 from ..files import written_whole
 from .buckets import Size, nearest_bucket
-from .formats import AnyDataset, _check_features, check_row, declare_columns, present_columns
+from .formats import AnyDataset, _check_features, advice_for, check_row, declare_columns, present_columns
 from .images import check_mode, convert_to_rgb, upright_size
 
 
@@ -114,8 +115,8 @@ def _layout_of(dataset: AnyDataset) -> str:
         if names.issuperset(columns):
             return layout
     raise ValueError(
-        f"Found the columns {sorted(names)}, expected {' or '.join(', '.join(c) for c in LAYOUTS.values())}: name the "
-        "layout of the data, or rename its columns."
+        f"Found the columns {sorted(names)}, expected {' or '.join(', '.join(c) for c in LAYOUTS.values())}; "
+        f"{advice_for(names, 'name the layout of the data, or rename its columns')}."
     )
 
 
@@ -126,6 +127,13 @@ def _arrow_batches(dataset: AnyDataset, columns: list[str], size: int) -> Iterat
         if isinstance(dataset.features[name], Image):
             dataset = dataset.cast_column(name, Image(decode=False))
     return dataset.with_format("arrow").iter(batch_size=size)
+
+
+def _with_progress(tables: Iterable[pa.Table], title: str, rows: int | None) -> Iterator[pa.Table]:
+    with tqdm(desc=title, total=rows, unit=" rows") as bar:
+        for table in tables:
+            yield table
+            bar.update(table.num_rows)
 
 
 def _hash(*parts: bytes) -> int:
@@ -204,7 +212,8 @@ def inspect_dataset(dataset: AnyDataset, *, decode: bool = True, first_rows: int
     sizes: Counter = Counter()
     transparent = animated = 0
     described: list[dict[str, str]] = []
-    for table in _arrow_batches(dataset, list(columns), size=100):
+    rows = len(dataset) if isinstance(dataset, Dataset) else None
+    for table in _with_progress(_arrow_batches(dataset, list(columns), size=100), "Inspecting", rows):
         for row in table.to_pylist():
             if layout == "unpaired":
                 check_row(row, ["label"], len(keys))
@@ -283,6 +292,18 @@ def _shards(directory: Path, split: str, schema: pa.Schema, max_bytes: int) -> I
             part.rename(staging / f"{split}-{i:05d}-of-{len(parts):05d}.parquet")
 
 
+def check_split_is_new(directory: Path, split: str) -> None:
+    """
+    Checks that [`write_parquet`] would not write beside an earlier data set.
+
+    Raises:
+        `ValueError`: if the split is there already.
+    """
+    present = sorted(directory.glob(f"{split}-*.parquet"))
+    if present:
+        raise ValueError(f"Found {present[0].name} in {directory}: expected no such split; choose another folder.")
+
+
 def write_parquet(
     dataset: AnyDataset,
     directory: str | os.PathLike,
@@ -315,15 +336,14 @@ def write_parquet(
         `ValueError`: if the split is there already, or the data set has none of the layouts.
     """
     directory = Path(directory)
-    present = sorted(directory.glob(f"{split}-*.parquet"))
-    if present:
-        raise ValueError(f"Found {present[0].name} in {directory}: expected no such split; choose another folder.")
+    check_split_is_new(directory, split)
     dataset = declare_columns(dataset)
     columns = present_columns(dataset, LAYOUTS[_layout_of(dataset)])
     features = Features({name: dataset.features[name] for name in columns})
     with _shards(directory, split, features.arrow_schema, max_shard_size) as write:
         start = 0
-        for table in _arrow_batches(dataset, columns, size=100):
+        total = None if keep is None else len(keep)
+        for table in _with_progress(_arrow_batches(dataset, columns, size=100), "Writing", total):
             rows = table.num_rows
             if keep is not None:
                 kept = keep[start : start + rows]
