@@ -137,7 +137,7 @@ def test_commands_are_understood(page, workplace, monkeypatch):
         (training, "launch_command"),
         (bench, "make_trainer"),
         (bench, "estimate"),
-        (beta, "first_rows"),
+        (beta, "random_rows"),
     ):
         monkeypatch.setattr(module, name, begin)
     monkeypatch.chdir(workplace)
