@@ -38,8 +38,10 @@ PUBLIC = {
 }
 
 IMPORTED = {
-    "accelerate.commands.launch.launch_command": "(args)",
+    "accelerate.commands.launch._validate_launch_command": "(args)",
+    "accelerate.commands.launch.deepspeed_launcher": "(args)",
     "accelerate.commands.launch.launch_command_parser": "(subparsers)",
+    "accelerate.commands.launch.multi_gpu_launcher": "(args)",
     "accelerate.utils.fsdp_utils.fsdp2_prepare_model": "(accelerator, model)",
     "datasets.config.HF_DATASETS_CACHE": "value",
     "datasets.fingerprint.Hasher": "class",
@@ -53,6 +55,7 @@ IMPORTED = {
     "peft.tuners.tuners_utils.BaseTunerLayer": "class",
     "peft.utils.other.AuxiliaryTrainingWrapper": "class",
     "peft.utils.other.get_pattern_key": "(pattern_keys, key_to_match)",
+    "transformers.integrations.deepspeed.HfTrainerDeepSpeedConfig": "class",
     "transformers.integrations.deepspeed.unset_hf_deepspeed_config": "()",
     "transformers.models.clip.image_processing_pil_clip.CLIPImageProcessorPil": "class",
     "transformers.trainer.PushInProgress": "class",

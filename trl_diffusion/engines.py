@@ -103,22 +103,24 @@ def check_processes(args) -> None:
 
 def _check_deepspeed(args) -> None:
     """Refuses before the model is loaded what transformers would refuse after it, or DeepSpeed would do otherwise."""
-    config = HfTrainerDeepSpeedConfig(copy.deepcopy(args.deepspeed_plugin.hf_ds_config.config))
-    config.trainer_config_process(args)
-    load_frozen_models_whole()  # the global configuration, which the first line has set
-    # In a configuration without it the plugin has put a 1 since; what counts is the trainer's.
-    written = getattr(args, "hf_deepspeed_config", config).mismatches
-    if written:
-        pairs = [entry.removeprefix("- ds ").replace(" vs hf ", ", the training ") for entry in written]
+    if args.deepspeed:
+        config = args.hf_deepspeed_config
+    else:  # a configuration of accelerate's, which transformers would compare later
+        config = HfTrainerDeepSpeedConfig(copy.deepcopy(args.deepspeed_plugin.hf_ds_config.config))
+        config.trainer_config_process(args)
+        load_frozen_models_whole()  # the global configuration, which it has set
+    if config.mismatches:
+        pairs = [entry.removeprefix("- ds ").replace(" vs hf ", " and ") for entry in config.mismatches]
         raise ValueError(
-            f"Found {'; '.join(pairs)}, where the first is the DeepSpeed configuration's: write 'auto' there, or the "
-            "same value."
+            f"Found {'; '.join(pairs)} in the DeepSpeed configuration and in that of the training: write 'auto' into "
+            "the first, or the same value into both."
         )
 
 
 def check_fsdp(args) -> None:
     """Refuses FSDP where accelerate shards nothing."""
     if args.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+        os.environ.pop("ACCELERATE_USE_FSDP", None)  # set by transformers; the next trainer may do without
         raise ValueError(
             f"Found FSDP with {args.world_size} process(es) on {args.device.type}, where accelerate shards nothing and "
             "says nothing: start it on more than one accelerator, or use `multi_gpu` (DDP)."
@@ -187,7 +189,7 @@ def set_up(accelerator: Accelerator, denoiser: ModelMixin, args) -> None:
 def _set_up_deepspeed(plugin, denoiser: ModelMixin, args) -> None:
     load_frozen_models_whole()  # the accelerator has just set it again
     config, zero = plugin.hf_ds_config.config, plugin.hf_ds_config.config["zero_optimization"]
-    config.setdefault("gradient_clipping", args.max_grad_norm)  # transformers fills in "auto" only
+    config.setdefault("gradient_clipping", args.max_grad_norm or 0.0)  # transformers fills in "auto" only
     if config.get("fp16", {}).get("enabled") is True:
         raise ValueError(
             "Found fp16 under DeepSpeed, which would turn the weights themselves into float16: set `bf16=True`, or "

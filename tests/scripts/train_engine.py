@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.conftest import embed, pairs, unpaired
 from tests.methods import METHODS
+from trl_diffusion import engines
 
 
 def zero(stage: int, threshold: int | str = 0) -> dict:
@@ -65,6 +66,7 @@ def allow_fsdp_on_a_cpu() -> None:
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = patched
+    engines.check_fsdp = lambda args: None
 
 
 def placement(module: torch.nn.Module) -> str:

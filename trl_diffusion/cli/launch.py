@@ -41,7 +41,7 @@ def launch_options() -> dict[str, argparse.Action]:
         for name, action in parser._option_string_actions.items()
         if name.startswith("--") and action.dest not in _NOT_OFFERED
     }
-    return {**found, "--accelerate_config": found["--config_file"]}
+    return found | dict.fromkeys(("--accelerate_config", "--accelerate-config"), found["--config_file"])
 
 
 def as_words(key: str, value: Any) -> list[str]:
