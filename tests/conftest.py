@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -42,6 +43,25 @@ def clip_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny-clip"
     tiny_clip(folder)
     return str(folder)
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs `trl-diffusion` with a wrong input and returns what it writes on stderr: one line, with exit code 2."""
+
+    def run(*argv) -> str:
+        from trl_diffusion.cli import main
+
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main(list(map(str, argv)))
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert exit_.value.code == 2
+        assert len(lines) == 1, "\n".join(lines)
+        assert re.match(r"trl-diffusion[ \w]*: error: \w", lines[0].replace("`", "")), lines[0]
+        return lines[0]
+
+    return run
 
 
 @pytest.fixture

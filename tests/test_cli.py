@@ -86,14 +86,6 @@ def kto_options(sd_folder, data_folder, output_dir) -> list[str]:
     return ["--use_cpu", *[str(word) for name, value in options.items() for word in (f"--{name}", value)]]
 
 
-def refusal(capsys, *argv: str) -> str:
-    """What a command says in one line before it ends with exit code 2."""
-    with pytest.raises(SystemExit) as exit_:
-        main(list(map(str, argv)))
-    assert exit_.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
-
-
 # ---- Help, env, mistakes --------------------------------------------------------------------------------------------
 
 
@@ -314,10 +306,10 @@ def test_evaluation_split_is_missing(sd_folder, data_folder, tmp_path, monkeypat
     assert re.search(r"kto\.py: error: .* has no split 'dev': found .*'test'.*--dataset_test_split", error)
 
 
-def test_mistaken_options_start_no_training(sd_folder, data_folder, tmp_path, capsys):
-    """Options are checked before processes are started."""
+def test_mistaken_options_start_no_training(sd_folder, data_folder, tmp_path, refused):
+    """Options are checked before the launcher starts the processes."""
     options = kto_options(sd_folder, data_folder, tmp_path / "out")
-    assert "`beta` must be positive and finite, found -1.0" in refusal(capsys, "kto", *options, "--beta", "-1")
+    assert "`beta` must be positive and finite, found -1.0" in refused("kto", *options, "--beta", "-1")
 
 
 # ---- rpo, dpo, sft --------------------------------------------------------------------------------------------------
@@ -356,10 +348,9 @@ def test_diagonal_on_the_command_line(tmp_path, word, value):
 
 
 @pytest.mark.parametrize("method", ["rpo", "dpo", "sft"])
-def test_mistaken_options_of_the_other_methods(method, tmp_path, capsys):
+def test_mistaken_options_of_the_other_methods(method, tmp_path, refused):
     argv = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", str(tmp_path), "--use_cpu"]
-    error = refusal(capsys, method, *argv, "--snr_gamma", "2")
-    assert "`snr_gamma=2.0` belongs to `weighting='min_snr'`" in error
+    assert "`snr_gamma=2.0` belongs to `weighting='min_snr'`" in refused(method, *argv, "--snr_gamma", "2")
 
 
 # ---- generate -------------------------------------------------------------------------------------------------------
@@ -434,20 +425,6 @@ def test_generate_from_a_file_of_prompts(outputs, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\n\n  a dog \n")
     options = ("--prompts_file", str(tmp_path / "prompts.txt"), "--num_images_per_prompt", "3")
     assert generate(outputs["base"], tmp_path / "file", *options) == generate(outputs["base"], tmp_path / "line")
-
-
-def test_generate_without_prompts(outputs, tmp_path, capsys):
-    (tmp_path / "prompts.txt").write_text("\n \n")
-    with pytest.raises(ValueError, match=r"Found no prompt in .*prompts\.txt: expected one per line"):
-        generate(outputs["base"], tmp_path / "out", "--prompts_file", str(tmp_path / "prompts.txt"))
-    with pytest.raises(SystemExit):
-        generate(outputs["base"], tmp_path / "out", "--seed", "1")
-    assert "--prompts" in capsys.readouterr().err
-
-
-def test_generate_from_a_folder_that_is_no_model(tmp_path):
-    with pytest.raises(ValueError, match=r"is no diffusers pipeline: found no model_index\.json"):
-        generate(tmp_path, tmp_path / "out")
 
 
 def test_every_option_of_generate_has_a_help_text():

@@ -71,9 +71,9 @@ def check_processes(args) -> None:
     on_cpu = args.device.type == "cpu"
     if started != args.world_size:
         raise ValueError(
-            f"Found {name}={started} and a training of {args.world_size} process(es), in which each would train alone: "
+            f"Found {name}={started} and a training of {args.world_size} process(es), so that each would train alone: "
             + (
-                "set `use_cpu=True` to train on the CPU."
+                "set `use_cpu=True` (`--use_cpu`) to train on the CPU."
                 if on_cpu and not args.use_cpu
                 else f"start with `torchrun`, `accelerate launch` or `trl-diffusion`, or unset {name}."
             )
@@ -122,8 +122,8 @@ def check_fsdp(args) -> None:
     if args.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
         os.environ.pop("ACCELERATE_USE_FSDP", None)  # set by transformers; the next trainer may do without
         raise ValueError(
-            f"Found FSDP with {args.world_size} process(es) on {args.device.type}, where accelerate shards nothing and "
-            "says nothing: start it on more than one accelerator, or use `multi_gpu` (DDP)."
+            f"Found FSDP with {args.world_size} process(es) on {args.device.type}, where accelerate shards nothing "
+            "and says nothing: start it on more than one accelerator, or use `multi_gpu` (DDP)."
         )
 
 

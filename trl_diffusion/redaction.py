@@ -1,6 +1,7 @@
 """Tokens and passwords: kept out of records, messages and command lines."""
 
 import json
+import logging
 import os
 import re
 import sys
@@ -91,8 +92,26 @@ def _remembered(secret: Any) -> Any:
 def _of_the_machine() -> set[str]:
     from huggingface_hub import get_token  # an error of the command line should not have to import it earlier
 
-    values = {value for name, value in os.environ.items() if is_secret(name)} | {get_token() or ""}
+    folders = ("PWD", "OLDPWD")
+    values = {value for name, value in os.environ.items() if is_secret(name) and name not in folders}
+    values.add(get_token() or "")
     return {value for value in values if len(value) >= _SHORTEST and not _PLACEHOLDER.fullmatch(value)}
+
+
+def redact_logs() -> list[logging.Handler]:
+    """Redacts what the Hugging Face libraries log from now on, and returns their handlers."""
+    libraries = ("accelerate", "datasets", "diffusers", "huggingface_hub", "peft", "transformers")
+    handlers = [handler for name in libraries for handler in logging.getLogger(name).handlers]
+    for handler in handlers:
+        handler.addFilter(_redact_record)  # a second time it is not added
+    return handlers
+
+
+def _redact_record(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    if (clean := redacted(text)) != text:
+        record.msg, record.args = clean, None
+    return True
 
 
 def hide(words: list[str]) -> list[str]:
@@ -136,4 +155,4 @@ def _clean(option: list[str]) -> list[str]:
     return [f"{name}={values[0]}" if equals else name, *values[1:]]
 
 
-__all__ = ["hide", "is_secret", "redact_argv", "redacted", "reveal"]
+__all__ = ["hide", "is_secret", "redact_argv", "redact_logs", "redacted", "reveal"]

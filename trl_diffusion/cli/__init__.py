@@ -5,7 +5,7 @@ import os
 import sys
 
 from ..redaction import redact_argv
-from .errors import DEBUG, Parser, one_line_errors
+from .errors import DEBUG, Parser, one_line_errors, quiet_imports, quiet_libraries
 
 
 COMMANDS = {
@@ -45,5 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors("trl-diffusion"):
         command = parser.parse_known_args(argv[:1])[0].command
     with one_line_errors(f"trl-diffusion {command}"):
-        importlib.import_module(f".{command}", __name__).run(argv[1:])
+        with quiet_imports():
+            module = importlib.import_module(f".{command}", __name__)
+        quiet_libraries()
+        module.run(argv[1:])
         sys.stdout.flush()  # so that a pipe that was closed is found out here

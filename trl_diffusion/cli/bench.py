@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from trl import TrlParser
 
 import trl_diffusion
 
@@ -20,6 +19,8 @@ from ..bench.pipelines import RANDOM, random_pipeline
 from ..bench.turns import compare, comparison_as_text
 from ..families import family_of, load_pipeline
 from .arguments import ModelArguments
+from .errors import Parser, positive_int
+from .inputs import ConfigParser, check_model
 
 
 METHODS = {"kto": "DiffusionKTO", "rpo": "DiffusionRPO", "dpo": "DiffusionDPO", "sft": "DiffusionSFT"}
@@ -121,7 +122,7 @@ def parse_options(argv: list[str], folder: str) -> tuple[BenchArguments, Any, Be
     choice = argparse.ArgumentParser(add_help=False)
     choice.add_argument("--method", choices=METHODS, default="kto")
     config_class = getattr(trl_diffusion, f"{METHODS[choice.parse_known_args(argv)[0].method]}Config")
-    parser = TrlParser((BenchArguments, config_class, BenchModelArguments), prog="trl-diffusion bench")
+    parser = ConfigParser((BenchArguments, config_class, BenchModelArguments), prog="trl-diffusion bench")
     parser.set_defaults(output_dir=folder, report_to="none", save_strategy="no", disable_tqdm=True)
     options, config, model = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
     if config.max_steps != -1:
@@ -144,6 +145,7 @@ def make_trainer(argv: list[str], folder: str, max_steps: int):
     if pipeline in RANDOM:
         pipeline = random_pipeline(pipeline).to(dtype=getattr(torch, model.dtype))
     else:
+        check_model(pipeline)
         config.model_init_kwargs = model.init_kwargs() | (config.model_init_kwargs or {})
         pipeline = load_pipeline(pipeline, **config.model_init_kwargs)
         config.model_init_kwargs = None
@@ -159,7 +161,7 @@ def make_trainer(argv: list[str], folder: str, max_steps: int):
 
 
 def make_estimate_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trl-diffusion bench", description="What training takes: parameters, FLOPs and memory, estimated."
     )
     parser.add_argument(
@@ -168,8 +170,10 @@ def make_estimate_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", nargs="+", choices=list(published_models()), help="models of the estimate (all of them)"
     )
-    parser.add_argument("--batch_size", type=int, default=1, help="images of a micro-batch; a pair has two (1)")
-    parser.add_argument("--lora_r", type=int, default=16, help="rank of the LoRA (16)")
+    parser.add_argument(
+        "--batch_size", type=positive_int, default=1, help="images of a micro-batch; a pair has two (1)"
+    )
+    parser.add_argument("--lora_r", type=positive_int, default=16, help="rank of the LoRA (16)")
     return parser
 
 
@@ -177,8 +181,6 @@ def run_estimate(argv: list[str]) -> None:
     """Prints a table for each published model."""
     parser = make_estimate_parser()
     args = parser.parse_args(argv)
-    if args.batch_size < 1 or args.lora_r < 1:
-        parser.error(f"found --batch_size {args.batch_size} and --lora_r {args.lora_r}, expected at least 1")
     models = published_models()
     for name in args.model or models:
         print(as_markdown(estimate(models[name], args.batch_size, args.lora_r)), end="\n\n", flush=True)

@@ -4,12 +4,13 @@ import argparse
 import tempfile
 from dataclasses import dataclass, field
 
-from datasets import Dataset, load_dataset
-from trl import TrlParser
+from datasets import Dataset
 
 from ..data.formats import declare_columns
 from ..evaluation.calibration import FACTORS, Calibration, calibrate_beta, convert_beta
 from .arguments import ModelArguments, ScriptArguments
+from .errors import Parser, positive_float, positive_int
+from .inputs import ConfigParser, check_model, load_data
 
 
 METHODS = ("kto", "rpo", "dpo")
@@ -37,7 +38,7 @@ class BetaArguments:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trl-diffusion beta",
         description="Find the beta of a model and a data set, or what another code base's beta is here.",
     )
@@ -56,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="the beta that is as strong elsewhere",
         description="Prints the beta of each trainer here that is as strong as a number from another code base.",
     )
-    convert.add_argument("--beta", type=float, required=True, help="the number there")
+    convert.add_argument("--beta", type=positive_float, required=True, help="the number there")
     convert.add_argument(
         "--source",
         choices=sorted(FACTORS),
@@ -65,7 +66,9 @@ def make_parser() -> argparse.ArgumentParser:
         "DPO in the code bases for flow models; `sum`: a code that sums squared errors over the latent dimensions, as "
         "SimpleTuner does, without a factor 1/2; or a trainer here",
     )
-    convert.add_argument("--latent_elements", type=int, help="for `sum`: channels x height x width of a latent image")
+    convert.add_argument(
+        "--latent_elements", type=positive_int, help="for `sum`: channels x height x width of a latent image"
+    )
     return parser
 
 
@@ -85,7 +88,7 @@ def measure(method: str, argv: list[str]) -> None:
 
     name = f"Diffusion{method.upper()}"
     config_class, trainer_class = getattr(trl_diffusion, f"{name}Config"), getattr(trl_diffusion, f"{name}Trainer")
-    parser = TrlParser(
+    parser = ConfigParser(
         (BetaArguments, ScriptArguments, config_class, ModelArguments), prog=f"trl-diffusion beta measure {method}"
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -94,6 +97,7 @@ def measure(method: str, argv: list[str]) -> None:
         for option in ("num_rows", "num_steps"):
             if getattr(beta_args, option) < 1:
                 raise ValueError(f"`--{option}` must be at least 1, found {getattr(beta_args, option)}.")
+        check_model(model_args.model_name_or_path)
         dataset = first_rows(script_args, beta_args.num_rows)
         asked = training_args.beta
         training_args.max_steps = beta_args.num_steps
@@ -113,11 +117,11 @@ def measure(method: str, argv: list[str]) -> None:
 
 def first_rows(script_args: ScriptArguments, count: int) -> Dataset:
     """The first rows of the training data; of a stream no more than these are read."""
-    dataset = load_dataset(
+    dataset = load_data(
         script_args.dataset_name,
         script_args.dataset_config,
-        split=script_args.dataset_train_split,
-        streaming=script_args.dataset_streaming,
+        script_args.dataset_train_split,
+        script_args.dataset_streaming,
     )
     if not script_args.dataset_streaming:
         return dataset.select(range(min(count, len(dataset))))

@@ -10,6 +10,8 @@ from datasets import load_dataset
 from ..data import converters
 from ..data.formats import AnyDataset
 from ..data.inspection import PROBLEMS, DataReport, inspect_dataset, write_parquet
+from .errors import Parser, non_negative_int
+from .inputs import load_data
 
 
 # ---- What it takes to read a layout --------------------------------------------------------------------------------
@@ -22,7 +24,7 @@ def _hub_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _hub(args: argparse.Namespace) -> AnyDataset:
-    return load_dataset(args.dataset_name, args.dataset_config, split=args.dataset_split, streaming=True)
+    return load_data(args.dataset_name, args.dataset_config, args.dataset_split, streaming=True)
 
 
 def _pickapic_options(parser: argparse.ArgumentParser) -> None:
@@ -147,7 +149,7 @@ LAYOUTS = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trl-diffusion data", description="Look at preference data, or write them in the trainers' columns."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
@@ -161,7 +163,7 @@ def make_parser() -> argparse.ArgumentParser:
         for name, layout in LAYOUTS.items():
             options = layouts.add_parser(name, help=layout.help, description=layout.help)
             layout.add_options(options)
-            options.add_argument("--first_rows", type=int, default=3, help="how many rows to show (3)")
+            options.add_argument("--first_rows", type=non_negative_int, default=3, help="how many rows to show (3)")
             options.add_argument(
                 "--headers_only",
                 action="store_true",

@@ -1,10 +1,11 @@
 """`trl-diffusion env`."""
 
-import argparse
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+
+from .errors import Parser
 
 
 PACKAGES = [
@@ -26,7 +27,7 @@ PACKAGES = [
 
 def run(argv: list[str]) -> None:
     """Prints platform, accelerators and package versions."""
-    argparse.ArgumentParser(prog="trl-diffusion env", description=run.__doc__).parse_args(argv)
+    Parser(prog="trl-diffusion env", description=run.__doc__).parse_args(argv)
     lines = {"Platform": platform.platform(), "Python": platform.python_version(), "Accelerator": _accelerator()}
     for package in PACKAGES:
         try:

@@ -2,17 +2,19 @@
 
 import argparse
 import difflib
+import logging
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import yaml
 
-from ..redaction import redacted
+from ..redaction import redact_logs, redacted
 
 
 DEBUG = "TRL_DIFFUSION_DEBUG"
@@ -68,8 +70,63 @@ def one_line(error: BaseException) -> str:
         # str(error) begins with "[Errno 2]".
         text = f"{error.strerror}: {os.fsdecode(error.filename)!r}"
     else:
-        text = str(error) or type(error).__name__
+        text = _from_the_hub(error) or str(error) or type(error).__name__
     return redacted(" ".join(text.split()))
+
+
+# Errors of huggingface_hub, most special first, and what can be done.
+_HUB_ERRORS = {
+    "OfflineModeIsEnabled": "`HF_HUB_OFFLINE` is set, so that only what is in the cache is found; unset it",
+    "GatedRepoError": "access to it has to be requested on its page, and `hf auth login` to be run",
+    "RepositoryNotFoundError": "there is no such repository, or it is private; `hf auth login` gives access",
+    "RevisionNotFoundError": "the repository has no such revision",
+    "RemoteEntryNotFoundError": "the repository does not hold the expected file",
+    "EntryNotFoundError": "the Hub cannot be reached, and it is not in the cache",
+    "HfHubHTTPError": "the Hub answers with an error",
+}
+
+
+def _from_the_hub(error: BaseException) -> str | None:
+    """One sentence for an error whose cause is huggingface_hub's; diffusers and transformers write several."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    kinds = [kind.__name__ for link in chain for kind in type(link).__mro__ if kind.__module__.startswith("hugg")]
+    reason = next((reason for kind, reason in _HUB_ERRORS.items() if kind in kinds), None)
+    if reason is None or not isinstance(error, OSError):
+        return None
+    texts = " ".join(map(str, chain))
+    name = re.search(r"//[^/\s]+/(?:api/)?(?:(?:models|datasets)/)?([\w.-]+(?:/[\w.-]+)?)", texts)
+    name = re.search(r"Cannot load model (\S+):", texts) or name
+    found = "the model" if name is None else repr(name[1])
+    return f"Found no {found} on this machine or on the Hub: {reason}, or check the name (a Hub id or a folder)"
+
+
+_NOISE = re.compile(r"Couldn't connect to the Hub|thrown while requesting|Retrying in|Failed to read schema")
+
+
+def quiet_libraries() -> None:
+    """Leaves to an error's one line what libraries log about the Hub before it; secrets in their logs are redacted."""
+    for handler in redact_logs():
+        if os.environ.get(DEBUG, "0") in ("", "0"):
+            handler.addFilter(_is_news)
+
+
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Hides what libraries say about each other while they are imported."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if os.environ.get(DEBUG, "0") in ("", "0"):
+        logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not _NOISE.search(record.getMessage())
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
@@ -88,16 +145,19 @@ class OneLineMixin:
     """A parser whose errors are a `ValueError` in one sentence, which suggests near names; for [`one_line_errors`]."""
 
     prog: str
+    strict = True
+    """Whether an unknown option is refused; it may be another program's."""
     _option_string_actions: dict[str, argparse.Action]
     _subparsers: object
 
     def parse_known_args(self, args=None, namespace=None):
         # Before argparse: it would ask for the required option that is spelled wrongly.
-        if self._subparsers is None:
+        if self._subparsers is None and self.strict:
             check_options(sys.argv[1:] if args is None else args, self._option_string_actions, self.prog)
         return super().parse_known_args(args, namespace)  # type: ignore[misc]
 
     def error(self, message: str) -> NoReturn:
+        message = message[0].upper() + message[1:]
         chosen = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
         near = suggestion(chosen[1], re.findall(r"[^\s',]+", chosen[2])) if chosen else ""
         raise ValueError(f"{message}{near or f'; see `{self.prog} --help`'}")
@@ -127,7 +187,7 @@ def check_options(words: Iterable[str], known: Iterable[str], prog: str) -> None
         # A value with a space may begin with dashes.
         if name.startswith("--") and " " not in name and not any(option.startswith(name) for option in known):
             near = suggestion(name, [option for option in known if option.startswith("--")])
-            raise ValueError(f"found no option {name!r}{near or f'; see `{prog} --help`'}")
+            raise ValueError(f"Found no option {name!r}{near or f'; see `{prog} --help`'}")
 
 
 def positive_int(text: str) -> int:
@@ -163,3 +223,10 @@ def _number(text: str, kind: type, fits: Callable[..., bool], expected: str):
     if value is None or not fits(value):
         raise argparse.ArgumentTypeError(f"found {text}, expected {expected}")
     return value
+
+
+def check_output_dir(folder: Path) -> None:
+    """Refuses an output folder that is a file, or lies in one."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"Found the file {str(there)!r} in the way of `--output_dir {folder}`, expected a folder")

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import load_dataset
 from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
+from ..data.formats import check_dataset
 from ..evaluation.images import ImageFolder
 from ..evaluation.implicit import implicit_accuracy
 from ..evaluation.prompts import read_prompts
@@ -25,10 +25,12 @@ from ..files import written_whole
 from ..hub import load_trained
 from ..rewards import SCORERS, load_scorer, score_images, scorer_names
 from ..rewards.base import default_device
+from .errors import Parser, check_output_dir, non_negative_float, positive_int, seed_number
+from .inputs import check_model, load_data
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trl-diffusion evaluate",
         description="Compare a policy with a baseline: scores of images that both draw of the same prompts and seeds "
         "(--prompts_file, --scorers), how well the policy tells the images of preference data apart (--dataset_name), "
@@ -43,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
         "or parquet (Pick-a-Pic)",
     )
     parser.add_argument("--prompt_column", help="column or key of the prompts (prompt, Prompt or caption)")
-    parser.add_argument("--max_prompts", type=int, help="only the first so many")
+    parser.add_argument("--max_prompts", type=positive_int, help="only the first so many")
     parser.add_argument(
         "--scorers",
         nargs="+",
@@ -55,20 +57,29 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dataset_config", help="configuration of the data set")
     parser.add_argument("--dataset_split", default="test", help="split of the data set (test)")
-    parser.add_argument("--num_draws", type=int, default=10, help="timesteps and noises for each of its rows (10)")
+    parser.add_argument(
+        "--num_draws", type=positive_int, default=10, help="timesteps and noises for each of its rows (10)"
+    )
     parser.add_argument(
         "--output_dir", type=Path, required=True, help="where report.json, .md, .html, implicit.json and images/ go"
     )
-    parser.add_argument("--num_images_per_prompt", type=int, default=5, help="images per prompt; odd is best (5)")
-    parser.add_argument("--seed", type=int, default=0, help="the i-th image of each prompt starts from seed + i (0)")
-    parser.add_argument("--num_inference_steps", type=int, default=25, help="sampling steps (25)")
-    parser.add_argument("--guidance_scale", type=float, help="guidance scale (each pipeline's own)")
-    parser.add_argument("--resolution", type=int, help="side of the images in pixels (the pipelines' own)")
+    parser.add_argument(
+        "--num_images_per_prompt", type=positive_int, default=5, help="images per prompt; odd is best (5)"
+    )
+    parser.add_argument(
+        "--seed", type=seed_number, default=0, help="the i-th image of each prompt starts from seed + i (0)"
+    )
+    parser.add_argument("--num_inference_steps", type=positive_int, default=25, help="sampling steps (25)")
+    parser.add_argument("--guidance_scale", type=non_negative_float, help="guidance scale (each pipeline's own)")
+    parser.add_argument("--resolution", type=positive_int, help="side of the images in pixels (the pipelines' own)")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="dtype of the weights"
     )
     parser.add_argument(
-        "--batch_size", type=int, default=8, help="images drawn at once, of one prompt; rows of the data set (8)"
+        "--batch_size",
+        type=positive_int,
+        default=8,
+        help="images drawn at once, of one prompt; rows of the data set (8)",
     )
     return parser
 
@@ -80,15 +91,17 @@ def load_on(device: torch.device, model: str, **kwargs: Any) -> DiffusionPipelin
 def run(argv: list[str]) -> None:
     """Images with [`compare_images`], preference data with [`compare_errors`]."""
     args = make_parser().parse_args(argv)
-    for name in ("num_images_per_prompt", "num_inference_steps", "num_draws", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"`--{name}` must be at least 1, found {getattr(args, name)}.")
     if (args.prompts_file is None) != (args.scorers is None) or args.prompts_file is args.dataset_name is None:
         found = [name for name in ("prompts_file", "scorers", "dataset_name") if getattr(args, name) is not None]
         raise ValueError(
             f"Found {' and '.join(f'`--{name}`' for name in found) or 'nothing'} to compare with, expected "
             "`--prompts_file` with `--scorers`, `--dataset_name`, or all three."
         )
+    if args.prompts_file is not None:
+        read_prompts(args.prompts_file, args.prompt_column)
+    check_output_dir(args.output_dir)
+    check_model(args.model_name_or_path)
+    check_model(args.baseline_name_or_path, "--baseline_name_or_path")
     if args.dataset_name is not None:
         compare_errors(args)
     if args.prompts_file is not None:
@@ -100,7 +113,7 @@ def compare_errors(args: argparse.Namespace) -> None:
     from ..trainer.dpo_trainer import DiffusionDPOConfig, DiffusionDPOTrainer
     from ..trainer.kto_trainer import DiffusionKTOConfig, DiffusionKTOTrainer
 
-    dataset = load_dataset(args.dataset_name, args.dataset_config)
+    dataset = load_data(args.dataset_name, args.dataset_config)
     if args.dataset_split not in dataset:
         raise ValueError(
             f"The data set {args.dataset_name!r} has no split {args.dataset_split!r}: found {list(dataset)}; choose "
@@ -111,6 +124,7 @@ def compare_errors(args: argparse.Namespace) -> None:
     config_class, trainer_class = (
         (DiffusionKTOConfig, DiffusionKTOTrainer) if single else (DiffusionDPOConfig, DiffusionDPOTrainer)
     )
+    check_dataset(dataset, trainer_class.columns, f"data set {args.dataset_name!r}")  # before models are loaded
     device = default_device()
     trainer = trainer_class(
         model=load_merged(args.model_name_or_path, dtype="float32"),

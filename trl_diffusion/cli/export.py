@@ -6,10 +6,12 @@ from pathlib import Path
 import torch
 
 from ..export import LORA_LAYOUTS, export_lora, export_merged
+from .errors import Parser
+from .inputs import check_model
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="trl-diffusion export",
         description="Write a trained model for other programs; `trl-diffusion generate` reads all of it.",
     )
@@ -33,6 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
 def run(argv: list[str]) -> None:
     """Writes one file, or for `--layout merged` a folder."""
     args = make_parser().parse_args(argv)
+    check_model(args.model_name_or_path)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     if args.layout in LORA_LAYOUTS:
         export_lora(args.model_name_or_path, args.output, layout=args.layout, dtype=dtype)

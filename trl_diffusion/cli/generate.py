@@ -8,19 +8,23 @@ from tqdm import tqdm
 
 from ..callbacks import image_grid, sample_rows
 from ..hub import load_trained
+from .errors import Parser, check_output_dir, non_negative_float, positive_int, seed_number
+from .inputs import check_model, read_lines
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="trl-diffusion generate", description="Draw images, and a grid of them.")
+    parser = Parser(prog="trl-diffusion generate", description="Draw images, and a grid of them.")
     parser.add_argument("--model_name_or_path", required=True, help="Hub id, pipeline folder, or a training's output")
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompts", nargs="+", help="one row of the grid per prompt")
     prompts.add_argument("--prompts_file", type=Path, help="text file, one prompt per line")
     parser.add_argument("--output_dir", type=Path, required=True, help="where the pictures go")
-    parser.add_argument("--num_images_per_prompt", type=int, default=4, help="images per prompt (4)")
-    parser.add_argument("--seed", type=int, default=0, help="the i-th image of each prompt starts from seed + i (0)")
-    parser.add_argument("--num_inference_steps", type=int, default=25, help="sampling steps (25)")
-    parser.add_argument("--guidance_scale", type=float, help="guidance scale (the pipeline's own)")
+    parser.add_argument("--num_images_per_prompt", type=positive_int, default=4, help="images per prompt (4)")
+    parser.add_argument(
+        "--seed", type=seed_number, default=0, help="the i-th image of each prompt starts from seed + i (0)"
+    )
+    parser.add_argument("--num_inference_steps", type=positive_int, default=25, help="sampling steps (25)")
+    parser.add_argument("--guidance_scale", type=non_negative_float, help="guidance scale (the pipeline's own)")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="dtype of the weights"
     )
@@ -30,9 +34,9 @@ def make_parser() -> argparse.ArgumentParser:
 def run(argv: list[str]) -> None:
     """Writes `<prompt number>-<seed>.png` for each image, and `grid.png`."""
     args = make_parser().parse_args(argv)
-    prompts = args.prompts or [line.strip() for line in args.prompts_file.read_text().splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"Found no prompt in {args.prompts_file}: expected one per line.")
+    prompts = args.prompts or read_lines(args.prompts_file)
+    check_output_dir(args.output_dir)
+    check_model(args.model_name_or_path)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     pipeline = load_trained(args.model_name_or_path, dtype=args.dtype).to(device)
     kwargs = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}

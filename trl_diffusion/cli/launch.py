@@ -49,7 +49,7 @@ def as_words(key: str, value: Any) -> list[str]:
     action = launch_options()[f"--{key}"]
     if action.nargs == 0:
         if value not in (True, False, None):
-            raise ValueError(f"found `{key}: {value}`, expected true or false")
+            raise ValueError(f"Found `{key}: {value}`, expected true or false")
         return [f"--{key}"] if value else []
     if value is None:
         return []
@@ -79,7 +79,7 @@ def resolve_accelerate_config(options: list[str]) -> list[str]:
         if not Path(name).is_file():
             if name not in known:
                 raise ValueError(
-                    f"found `--accelerate_config {name}`, expected a file or one of {known}{suggestion(name, known)}"
+                    f"Found `--accelerate_config {name}`, expected a file or one of {known}{suggestion(name, known)}"
                 )
             name = str(folder / f"{name}.yaml")
         words += ["--config_file", name]
@@ -102,7 +102,7 @@ class Launch:
         parser.error = _refuse  # accelerate's would print a hundred lines first
         args = parser.parse_args([*resolve_accelerate_config(options), rank.__file__])
         if args.training_script != rank.__file__:
-            raise ValueError(f"found the word {args.training_script!r}, which belongs to no option")
+            raise ValueError(f"Found the word {args.training_script!r}, which belongs to no option")
         # It tells which defaults it has used, which the user of this command does not have to give.
         logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)
         given = args.nondefault - {"training_script", "training_script_args"}
@@ -111,15 +111,16 @@ class Launch:
             args, defaults, _ = _validate_launch_command(args)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(
-                f"found {args.config_file}, expected a configuration that `accelerate config` could have written"
+                f"Found {args.config_file}, expected a configuration that `accelerate config` could have written"
             ) from error
         self.args = args
         self._deepspeed_fields = list(defaults.deepspeed_config) if defaults is not None else []
         self.engine = next((name for name in ("use_deepspeed", "use_fsdp", "multi_gpu") if getattr(args, name)), None)
         for name in ("tpu", "use_megatron_lm", "mpirun_hostfile"):
             if getattr(args, name):
-                raise ValueError(f"found `{name}`, which these trainers do not support: use DDP, DeepSpeed or FSDP2")
+                raise ValueError(f"Found `{name}`, which these trainers do not support: use DDP, DeepSpeed or FSDP2")
         self.processes = max(1, args.num_processes or 1)
+        args.num_processes = self.processes
         self.machines = args.num_machines = args.num_machines or 1
         has_accelerator = torch.accelerator.is_available()
         self.on_cpu = bool(
@@ -130,7 +131,7 @@ class Launch:
         single = defaults is not None and defaults.distributed_type == DistributedType.NO
         if single and self.processes > 1 and self.engine is None:
             raise ValueError(
-                f"found num_processes={self.processes} and {args.config_file or 'the default configuration'} for one "
+                f"Found num_processes={self.processes} and {args.config_file or 'the default configuration'} for one "
                 "process (distributed_type 'NO'); set `--num_processes 1`, or name another `--accelerate_config`"
             )
         self._check_machines()
@@ -146,16 +147,16 @@ class Launch:
         args = self.args
         if self.processes % self.machines:
             raise ValueError(
-                f"found num_processes={self.processes} on num_machines={self.machines}; `num_processes` counts those "
+                f"Found num_processes={self.processes} on num_machines={self.machines}; `num_processes` counts those "
                 "of all machines, expected as many on each"
             )
         if self.machines > 1:
             missing = [name for name in ("machine_rank", "main_process_ip") if getattr(args, name) is None]
             if missing:
-                raise ValueError(f"found num_machines={self.machines} without `--{missing[0]}`; see docs/scaling.md")
+                raise ValueError(f"Found num_machines={self.machines} without `--{missing[0]}`; see docs/scaling.md")
             if self.engine == "use_deepspeed" and args.deepspeed_multinode_launcher != "standard":
                 raise ValueError(
-                    f"found deepspeed_multinode_launcher={args.deepspeed_multinode_launcher}, expected 'standard'; "
+                    f"Found deepspeed_multinode_launcher={args.deepspeed_multinode_launcher}, expected 'standard'; "
                     "start the same command on each machine, see docs/scaling.md"
                 )
 
@@ -168,16 +169,16 @@ class Launch:
         """
         engine = self.engine or next((name for name in ("deepspeed", "fsdp") if getattr(training_args, name)), None)
         if engine is not None and "fsdp" in engine and training_args.use_cpu:
-            raise ValueError("found FSDP on a CPU, where accelerate shards nothing; use `multi_gpu` (DDP)")
+            raise ValueError("Found FSDP on a CPU, where accelerate shards nothing; use `multi_gpu` (DDP)")
         if training_args.use_cpu:
             pass
         elif engine is not None and not torch.accelerator.is_available():
             raise ValueError(
-                f"found {engine} on a machine without an accelerator; set `--use_cpu` to train on its CPU"
+                f"Found {engine} on a machine without an accelerator; set `--use_cpu` to train on its CPU"
             )
         elif self.processes > 1 and self.processes // self.machines > torch.accelerator.device_count():
             raise ValueError(
-                f"found num_processes={self.processes} on {self.machines} machine(s) with "
+                f"Found num_processes={self.processes} on {self.machines} machine(s) with "
                 f"{torch.accelerator.device_count()} device(s); set `--num_processes` to the number of devices, or "
                 "`--use_cpu` to train on the CPU"
             )
@@ -185,7 +186,7 @@ class Launch:
         precision = "fp16" if training_args.fp16 else "bf16" if training_args.bf16 else "no"
         if self.mixed_precision not in (None, precision):
             raise ValueError(
-                f"found `--mixed_precision {self.mixed_precision}` and a training with bf16={training_args.bf16} and "
+                f"Found `--mixed_precision {self.mixed_precision}` and a training with bf16={training_args.bf16} and "
                 f"fp16={training_args.fp16}; leave `--mixed_precision` out and set `--bf16` or `--fp16`"
             )
         self.args.mixed_precision = precision
@@ -232,7 +233,7 @@ class Launch:
 
 
 def _refuse(message: str) -> NoReturn:
-    raise ValueError(message)
+    raise ValueError(message[0].upper() + message[1:])
 
 
 def _report(error: ChildFailedError, prog: str) -> int:

@@ -11,14 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-from datasets import load_dataset
 from transformers import TrainerCallback
-from trl import TrlParser
 
 from ..redaction import redact_argv, redacted, reveal
 from .arguments import ModelArguments, ScriptArguments
-from .errors import DEBUG, USER_ERRORS, OneLineMixin, one_line, one_line_errors, suggestion
+from .errors import DEBUG, USER_ERRORS, one_line, one_line_errors, suggestion
+from .inputs import ConfigParser, check_model, load_data, read_config
 from .launch import Launch, as_words, launch_options
 from .rank import LAUNCHER, end_with_parent
 
@@ -26,9 +24,9 @@ from .rank import LAUNCHER, end_with_parent
 # ---- Options --------------------------------------------------------------------------------------------------------
 
 
-class TrainingParser(OneLineMixin, TrlParser):
+class TrainingParser(ConfigParser):
     """
-    TRL's parser of dataclasses and a YAML file, which knows the launcher's options too.
+    The parser of the training's options, which knows those of the launcher too.
 
     Args:
         dataclass_types (iterable of `type`): The dataclasses.
@@ -62,14 +60,16 @@ class TrainingParser(OneLineMixin, TrlParser):
                     target = launcher
                 else:
                     near = suggestion(name, [*self._option_string_actions, *options])
-                    raise ValueError(f"found no option {name!r}{near or f'; see `{self.prog} --help`'}")
+                    raise ValueError(f"Found no option {name!r}{near or f'; see `{self.prog} --help`'}")
             target.append(word)
         chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         chooser.add_argument("--config", nargs="?", action="append")
         chosen = chooser.parse_known_args(own)[0].config or []
-        if len(chosen) > 1 or None in chosen:
-            raise ValueError(f"found `--config` {len(chosen)} time(s), expected it once, with the name of a YAML file")
-        return own, [*(self._read_file(chosen[0]) if chosen else []), *launcher]
+        if len(chosen) > 1:
+            raise ValueError(f"Found `--config` {len(chosen)} times, expected it once; put the options into one file")
+        if chosen:
+            launcher = [*self._take_config(read_config([chosen[0] or "--"])), *launcher]
+        return own, launcher
 
     def parse_own(self, words: list[str]) -> tuple[Any, ...]:
         """The dataclasses of a command line of [`split`]."""
@@ -77,43 +77,40 @@ class TrainingParser(OneLineMixin, TrlParser):
             words, return_remaining_strings=True, look_for_args_file=False
         )
         if strays:
-            raise ValueError(f"found the word {strays[0]!r}, which belongs to no option")
+            raise ValueError(f"Found the word {strays[0]!r}, which belongs to no option")
         return tuple(parsed[: len(self.dataclass_types)])
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs: Any) -> tuple[Any, ...]:
         own, launcher = self.split(sys.argv[1:] if args is None else args)
         if launcher:
-            raise ValueError(f"found {launcher[0]!r}, which is the launcher's; expected options of the training")
+            raise ValueError(f"Found {launcher[0]!r}, which is the launcher's; expected options of the training")
         return self.parse_own(own)
 
-    def _read_file(self, file: str) -> list[str]:
-        """Makes a YAML file's options the defaults, and returns the launcher's among them."""
-        try:
-            config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"found no readable file for `--config {file}`: {error.strerror}") from error
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ValueError(f"{file} is no YAML: {error}") from error
-        if not isinstance(config, dict):
-            raise ValueError(f"{file} must contain a YAML mapping of options, found {type(config).__name__}")
+    def _take_config(self, config: dict[str, Any]) -> list[str]:
+        """Makes the options of a YAML file the defaults, and returns the launcher's among them."""
+        redacted(config)  # remembers the secrets
         environment = config.pop("env", None) or {}
         if not isinstance(environment, dict):
-            raise ValueError(f"`env` in {file} must be a mapping, found {type(environment).__name__}")
+            raise ValueError(f"Found `env: {environment}` in the configuration file, expected names and values")
         os.environ.update({str(name): str(value) for name, value in environment.items()})
         actions = {action.dest: action for action in reversed(self._actions) if action.dest not in ("help", "config")}
         launcher: list[str] = []
         for key, value in config.items():
             if key in actions:
+                action = actions[key]
                 try:
-                    action = actions[key]
                     action.default, action.required = self._checked(action, value), False
-                except (argparse.ArgumentError, ValueError) as error:
-                    raise ValueError(f"{file}: {error}") from error
+                except argparse.ArgumentError as error:
+                    raise ValueError(
+                        f"Found `{key}: {value}` in the configuration file; {error.message}"
+                        f"{suggestion(str(value), map(str, action.choices or ()))}"
+                    ) from None
             elif f"--{key}" in launch_options():
                 launcher += as_words(key, value)
             else:
                 near = suggestion(str(key), [*actions, *(name[2:] for name in launch_options())])
-                raise ValueError(f"{file} has no option for {key!r}{near or f'; see `{self.prog} --help`'}")
+                end = near or f"; see `{self.prog} --help`"
+                raise ValueError(f"Found the unknown option {key!r} in the configuration file{end}")
         return launcher
 
     def _checked(self, action: argparse.Action, value: Any) -> Any:
@@ -122,20 +119,19 @@ class TrainingParser(OneLineMixin, TrlParser):
         if isinstance(value, dict):
             mappings = {name for kind in self.dataclass_types for name in getattr(kind, "_VALID_DICT_FIELDS", ())}
             if action.dest not in mappings:
-                raise ValueError(f"`{action.dest}` found a mapping, expected a value")
+                raise argparse.ArgumentError(None, "expected one value")
             return value
         if isinstance(value, list):
             if action.nargs == "+" and not any(isinstance(part, list | dict) for part in value):
                 return self._get_values(action, list(map(str, value)))
             if action.nargs == "+" or is_text:
                 return value  # pairs of numbers, or what the configuration itself knows to take apart
-            raise ValueError(f"`{action.dest}` found a list, expected a value")
+            raise argparse.ArgumentError(None, "expected one value")
         if value is None or (isinstance(value, bool) and is_text):
             return value
         if isinstance(value, bool) and action.choices is not None:
-            raise ValueError(
-                f"`{action.dest}` found {value}, which is how YAML reads an unquoted no, off, yes or on; expected one of "
-                f"{list(action.choices)}, in quotes"
+            raise argparse.ArgumentError(
+                None, f"YAML reads an unquoted no, off, yes, on so; expected one of {list(action.choices)}, in quotes"
             )
         return self._get_values(action, [str(value)])
 
@@ -148,11 +144,14 @@ def make_parser(config_class, prog: str | None = None) -> TrainingParser:
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 
-def make_trainer(trainer_class, script_args: ScriptArguments, training_args, model_args: ModelArguments):
-    """The trainer that the options describe."""
-    dataset = load_dataset(
-        script_args.dataset_name, script_args.dataset_config, streaming=script_args.dataset_streaming
-    )
+def load_splits(script_args: ScriptArguments, training_args) -> list[Any]:
+    """
+    The data to train on, and those to evaluate on where that is asked for.
+
+    Raises:
+        `ValueError`: if there is no such data set, or a split is missing.
+    """
+    dataset = load_data(script_args.dataset_name, script_args.dataset_config, streaming=script_args.dataset_streaming)
     splits = [script_args.dataset_train_split]
     if training_args.eval_strategy != "no":
         splits.append(script_args.dataset_test_split)
@@ -162,12 +161,19 @@ def make_trainer(trainer_class, script_args: ScriptArguments, training_args, mod
             f"The data set {script_args.dataset_name!r} has no split {missing[0]!r}: found {list(dataset)}; choose "
             "with `--dataset_train_split` and `--dataset_test_split`."
         )
+    return [dataset[split] for split in splits]
+
+
+def make_trainer(trainer_class, script_args: ScriptArguments, training_args, model_args: ModelArguments):
+    """The trainer that the options describe."""
+    check_model(model_args.model_name_or_path)
+    train_dataset, *eval_dataset = load_splits(script_args, training_args)
     training_args.model_init_kwargs = model_args.init_kwargs() | (training_args.model_init_kwargs or {})
     return trainer_class(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=dataset[splits[0]],
-        eval_dataset=dataset[splits[1]] if len(splits) > 1 else None,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset[0] if eval_dataset else None,
         quantization_config=model_args.quantization_config(),
         peft_config=model_args.peft_config(),
     )
@@ -254,6 +260,9 @@ def launch(method: str, config_class, load_trainer: Callable[[], type], argv: li
         if plan.in_place(parsed[1]):
             train(load_trainer(), *parsed)
         else:
+            # What every rank would say, seconds later.
+            check_model(parsed[2].model_name_or_path)
+            load_splits(*parsed[:2])
             plan.start(method, own, prog)
 
 
@@ -278,7 +287,7 @@ def run_script(config_class, load_trainer: Callable[[], type]) -> None:
         own, asked = parser.split(words)
         if asked and not ours:
             raise ValueError(
-                f"found `{asked[0].lstrip('-')}`, which starts processes, in a script that is running already; give "
+                f"Found `{asked[0].lstrip('-')}`, which starts processes, in a script that is running already; give "
                 "it to `accelerate launch` or `torchrun`, or start with `trl-diffusion`"
             )
         train(load_trainer(), *parser.parse_own(own))

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import pyarrow
 import pyarrow.parquet
 
 
@@ -37,7 +38,12 @@ def read_prompts(file: str | Path, column: str | None = None) -> list[str]:
         raise ValueError(f"Found no file {str(file)!r}: expected one with prompts.")
     if file.suffix not in SUFFIXES:
         raise ValueError(f"Found the file {file.name!r} with prompts, expected one that ends in one of {SUFFIXES}.")
-    prompts = [prompt.strip() for prompt in _read(file, column)]
+    try:
+        prompts = [prompt.strip() for prompt in _read(file, column)]
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, pyarrow.ArrowException) as error:
+        raise ValueError(
+            f"The file {str(file)!r} cannot be read as {file.suffix[1:]} ({error}); expected prompts in that format."
+        ) from None
     distinct = list(dict.fromkeys(filter(None, prompts)))
     if not distinct:
         raise ValueError(f"Found no prompt in {str(file)!r}.")
