@@ -61,7 +61,7 @@ def test_processes_that_would_train_alone(monkeypatch, tmp_path, name):
     [
         # What `accelerate launch --cpu --num_processes 2` leaves in the environment of its one process.
         (
-            {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"},
+            {"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"},
             {},
             "Found `accelerate launch` for several processes, of which it starts one",
         ),
@@ -371,6 +371,18 @@ def test_launchers_options_in_a_script_that_runs(monkeypatch, capsys):
     assert "kto.py: error: Found `num_processes`, which starts processes" in capsys.readouterr().err
 
 
+def test_the_command_as_a_rank(monkeypatch, refused):
+    """`torchrun --no-python trl-diffusion kto`: it starts nothing itself."""
+    begun = []
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(training, "train", lambda *args: begun.append(args))
+    monkeypatch.setattr(Launch, "start", lambda *args: begun.append("start"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
+    main(["kto", *REQUIRED])
+    assert begun[0][0] is DiffusionKTOTrainer
+    assert "Found `num_processes`, which starts processes" in refused("kto", *REQUIRED, "--num_processes", "2")
+
+
 # ---- Errors before and in the training ------------------------------------------------------------------------------
 
 
@@ -461,10 +473,10 @@ REFUSED = {
         "Found `accelerate launch` for several processes, of which it starts one",
     ),
     "torchrun, two": ([*TORCHRUN, "examples/kto.py"], "Found WORLD_SIZE=2 and a training of 1 process"),
+    # Found by the ranks: the data are no pairs.
     "trl-diffusion, two, a mistake": (
-        # The data are of pairs, which a rank finds out.
-        [*[word for word in COMMAND[:1]], "kto", "--num_processes", "2"],
-        "",
+        [BIN / "trl-diffusion", "dpo", "--num_processes", "2"],
+        "The training data set is unpaired: found",
     ),
 }
 

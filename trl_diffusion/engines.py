@@ -78,8 +78,8 @@ def check_processes(args) -> None:
                 else f"start with `torchrun`, `accelerate launch` or `trl-diffusion`, or unset {name}."
             )
         )
-    # Only accelerate's launcher of one process sets the first, and the second if it was asked for several.
-    if name is None and {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys():
+    # Only accelerate's launcher of one process sets the first two, and the third if it was asked for several.
+    if name is None and {"ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys():
         raise ValueError(
             "Found `accelerate launch` for several processes, of which it starts one where there are not several "
             "devices: start the script with `torchrun --nproc_per_node N` and `use_cpu=True`, or set "

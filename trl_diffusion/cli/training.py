@@ -252,6 +252,10 @@ def launch(method: str, config_class, load_trainer: Callable[[], type], argv: li
     with training_errors(prog):
         parser = make_parser(config_class, prog)
         own, asked = parser.split(argv)
+        if "LOCAL_RANK" in os.environ:  # `torchrun --no-python trl-diffusion kto`
+            _refuse_launch(asked)
+            train(load_trainer(), *parser.parse_own(own))
+            return
         plan = Launch(asked)
         if plan.on_cpu:
             own += ["--use_cpu", "true"]
@@ -264,6 +268,15 @@ def launch(method: str, config_class, load_trainer: Callable[[], type], argv: li
             check_model(parsed[2].model_name_or_path)
             load_splits(*parsed[:2])
             plan.start(method, own, prog)
+
+
+def _refuse_launch(options: list[str]) -> None:
+    """Refuses the launcher's options in a process that a launcher has started."""
+    if options:
+        raise ValueError(
+            f"Found `{options[0].lstrip('-')}`, which starts processes, in a script that is running already; give it "
+            "to `accelerate launch` or `torchrun`, or start with `trl-diffusion`"
+        )
 
 
 def run_script(config_class, load_trainer: Callable[[], type]) -> None:
@@ -280,14 +293,11 @@ def run_script(config_class, load_trainer: Callable[[], type]) -> None:
     ours = LAUNCHER in os.environ
     if ours:
         prog, words = f"trl-diffusion {words[0]}", [*words[1:], *reveal()]
-    elif {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():  # of torchrun, of `accelerate launch`
+    elif {"TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_BACKEND"} & os.environ.keys():  # torchrun, `accelerate launch`
         end_with_parent()
     with training_errors(prog):
         parser = make_parser(config_class, prog)
         own, asked = parser.split(words)
-        if asked and not ours:
-            raise ValueError(
-                f"Found `{asked[0].lstrip('-')}`, which starts processes, in a script that is running already; give "
-                "it to `accelerate launch` or `torchrun`, or start with `trl-diffusion`"
-            )
+        if not ours:
+            _refuse_launch(asked)
         train(load_trainer(), *parser.parse_own(own))
