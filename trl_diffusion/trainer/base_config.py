@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -147,6 +148,10 @@ class DiffusionConfig(_BaseConfig):
         bf16 (`bool`, *optional*):
             Whether to train under bfloat16 autocast. Defaults to `True` on an accelerator unless `fp16` is set, and to
             `False` on a CPU.
+        resume_from_checkpoint (`str` or `bool`, *optional*):
+            Checkpoint that the training commands resume from: a folder, or `"latest"` (also `True`, and
+            `--resume_from_checkpoint` without a value) for the last one in `output_dir`. Given to
+            [`~transformers.Trainer.train`] by hand in Python.
         logging_nan_inf_filter (`bool`, *optional*, defaults to `False`):
             The filter would hide what stops the run here: a loss that is not finite. It also costs a synchronisation
             of the device in every step.
@@ -242,7 +247,19 @@ class DiffusionConfig(_BaseConfig):
 
     bf16: bool | None = field(
         default=None,
-        metadata={"help": "Whether to train under bfloat16 autocast. Defaults to True on an accelerator."},
+        metadata={
+            "help": "Whether to train under bfloat16 autocast. Defaults to True on an accelerator.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoint to resume from; `latest`, or no value, is the last one in `output_dir`.",
+            "nargs": "?",
+            "const": "latest",
+        },
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Whether to hide losses that are not finite; they stop the run anyway."}
@@ -271,10 +288,33 @@ class DiffusionConfig(_BaseConfig):
         return super(DiffusionConfig, recorded).to_dict()
 
     def __post_init__(self):
+        # What `accelerate launch` was told; it counts where the options say nothing.
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if self.bf16 is None and not self.fp16 and launched in ("bf16", "fp16"):
+            setattr(self, launched, True)
         if self.bf16 is None and not torch.accelerator.is_available():
             # TRL's default of True is refused by TrainingArguments on a machine without an accelerator.
             self.bf16 = False
         super().__post_init__()
+        precision = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"
+        if launched not in ("no", precision):
+            raise ValueError(
+                f"Found mixed_precision={launched!r} from `accelerate launch` or its configuration, and bf16="
+                f"{self.bf16}, fp16={self.fp16}: give both the same, or start with `trl-diffusion`, which follows the "
+                "options of the training."
+            )
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError(
+                "Found fp16 on a CPU, where accelerate computes in float32 all the same: set `fp16=False`, or use "
+                "`bf16=True` with `use_cpu=True`."
+            )
+        if isinstance(self.resume_from_checkpoint, str):
+            word = self.resume_from_checkpoint.lower()
+            self.resume_from_checkpoint = {"true": True, "latest": True, "false": None}.get(
+                word, self.resume_from_checkpoint
+            )
+        elif self.resume_from_checkpoint is False:
+            self.resume_from_checkpoint = None
         if self.resolution is not None:
             self.resolution = list(map(show_size, parse_sizes(self.resolution)))
         if self.deepspeed_plugin is not None:
