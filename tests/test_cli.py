@@ -2,7 +2,6 @@
 
 import os
 import re
-import runpy
 import subprocess
 import sys
 from importlib.metadata import version
@@ -30,7 +29,8 @@ from trl_diffusion import (
 from trl_diffusion.cli import COMMANDS, main
 from trl_diffusion.cli.generate import make_parser as make_generate_parser
 from trl_diffusion.cli.kto import main as script_main
-from trl_diffusion.cli.training import make_parser, resolve_accelerate_config
+from trl_diffusion.cli.launch import resolve_accelerate_config
+from trl_diffusion.cli.training import make_parser
 
 
 ROOT = Path(__file__).parents[1]
@@ -298,11 +298,13 @@ def test_kto_names_a_missing_split(run, sd_folder, data_folder, tmp_path):
     assert not list(tmp_path.glob("out/**/*.safetensors"))
 
 
-def test_evaluation_split_is_missing(sd_folder, data_folder, tmp_path, monkeypatch):
+def test_evaluation_split_is_missing(sd_folder, data_folder, tmp_path, monkeypatch, capsys):
     options = [*kto_options(sd_folder, data_folder, tmp_path / "out"), "--eval_strategy", "steps"]
     monkeypatch.setattr(sys, "argv", ["kto.py", *options, "--dataset_test_split", "dev"])
-    with pytest.raises(ValueError, match=r"has no split 'dev': found .*'test'.*--dataset_test_split"):
+    with pytest.raises(SystemExit):
         script_main()
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"kto\.py: error: .* has no split 'dev': found .*'test'.*--dataset_test_split", error)
 
 
 def test_mistaken_options_start_no_training(sd_folder, data_folder, tmp_path, refused):
@@ -314,17 +316,6 @@ def test_mistaken_options_start_no_training(sd_folder, data_folder, tmp_path, re
 # ---- rpo, dpo, sft --------------------------------------------------------------------------------------------------
 
 
-def start_here(monkeypatch, *argv) -> None:
-    """`trl-diffusion <argv>` with the script in this process instead of under accelerate, which kto is tested with."""
-
-    def launch_command(args):
-        monkeypatch.setattr(sys, "argv", [args.training_script, *args.training_script_args])
-        runpy.run_path(args.training_script, run_name="__main__")
-
-    monkeypatch.setattr("trl_diffusion.cli.training.launch_command", launch_command)
-    main(list(map(str, argv)))
-
-
 @pytest.mark.parametrize(
     ("method", "options", "setting"),
     [
@@ -333,14 +324,14 @@ def start_here(monkeypatch, *argv) -> None:
         ("sft", ("--weighting", "min_snr"), "supervised fine-tuning, error weighting `min_snr`"),
     ],
 )
-def test_the_other_methods_on_the_emoji_data(monkeypatch, tmp_path, method, options, setting):
-    start_here(
-        monkeypatch,
+def test_the_other_methods_on_the_emoji_data(tmp_path, method, options, setting):
+    argv = [
         *(method, "--model_name_or_path", EMOJI / "base"),
         *("--dataset_name", EMOJI / "data", "--dataset_config", "preferences", "--output_dir", tmp_path / "out"),
         *("--max_steps", 2, "--per_device_train_batch_size", 2, "--learning_rate", 1e-4, "--logging_steps", 1),
         *("--report_to", "none", "--use_cpu", "--save_strategy", "no", "--disable_tqdm", "true", *options),
-    )
+    ]
+    main(list(map(str, argv)))
     trained = DiffusionPipeline.from_pretrained(tmp_path / "out").unet.state_dict()
     base = DiffusionPipeline.from_pretrained(EMOJI / "base").unet.state_dict()
     assert any(not torch.equal(trained[name], base[name]) for name in base)
@@ -489,5 +480,5 @@ def test_accelerate_configuration_by_file(tmp_path):
 
 @pytest.mark.parametrize("options", [["--accelerate_config", "zero9"], ["--accelerate_config"]])
 def test_unknown_accelerate_configuration_is_refused(options):
-    with pytest.raises(ValueError, match=r"Found `--accelerate_config .*expected a file or one of \['fsdp2'"):
+    with pytest.raises(ValueError, match=r"found `--accelerate_config .*expected a file or one of \['fsdp2'"):
         resolve_accelerate_config(options)

@@ -38,8 +38,10 @@ PUBLIC = {
 }
 
 IMPORTED = {
-    "accelerate.commands.launch.launch_command": "(args)",
+    "accelerate.commands.launch._validate_launch_command": "(args)",
+    "accelerate.commands.launch.deepspeed_launcher": "(args)",
     "accelerate.commands.launch.launch_command_parser": "(subparsers)",
+    "accelerate.commands.launch.multi_gpu_launcher": "(args)",
     "accelerate.utils.fsdp_utils.fsdp2_prepare_model": "(accelerator, model)",
     "datasets.config.HF_DATASETS_CACHE": "value",
     "datasets.fingerprint.Hasher": "class",
@@ -54,6 +56,7 @@ IMPORTED = {
     "peft.tuners.tuners_utils.BaseTunerLayer": "class",
     "peft.utils.other.AuxiliaryTrainingWrapper": "class",
     "peft.utils.other.get_pattern_key": "(pattern_keys, key_to_match)",
+    "transformers.integrations.deepspeed.HfTrainerDeepSpeedConfig": "class",
     "transformers.integrations.deepspeed.unset_hf_deepspeed_config": "()",
     "transformers.models.clip.image_processing_pil_clip.CLIPImageProcessorPil": "class",
     "transformers.trainer.PushInProgress": "class",
@@ -93,6 +96,7 @@ OVERRIDDEN = {
     "transformers.trainer.Trainer.train": "(self, resume_from_checkpoint, trial, ignore_keys_for_eval)",
     "transformers.trainer.Trainer.training_step": "(self, model, inputs, num_items_in_batch)",
     "transformers.trainer_callback.TrainerCallback.on_log": "(self, args, state, control, **kwargs)",
+    "transformers.trainer_callback.TrainerCallback.on_step_begin": "(self, args, state, control, **kwargs)",
     "transformers.trainer_callback.TrainerCallback.on_step_end": "(self, args, state, control, **kwargs)",
     "transformers.trainer_callback.TrainerCallback.on_train_begin": "(self, args, state, control, **kwargs)",
     "transformers.trainer_callback.TrainerCallback.on_train_end": "(self, args, state, control, **kwargs)",
@@ -100,6 +104,7 @@ OVERRIDDEN = {
     "transformers.training_args.TrainingArguments.learning_rate": "value",
     "transformers.training_args.TrainingArguments.logging_nan_inf_filter": "value",
     "transformers.training_args.TrainingArguments.remove_unused_columns": "value",
+    "transformers.training_args.TrainingArguments.resume_from_checkpoint": "value",
     "transformers.training_args.TrainingArguments.to_dict": "(self)",
     "trl.trainer.base_config._BaseConfig.__post_init__": "(self)",
     "trl.trainer.base_config._BaseConfig.bf16": "value",
@@ -110,11 +115,16 @@ OVERRIDDEN = {
     "trl.trainer.base_trainer._BaseTrainer._tag_names": "value",
     "trl.trainer.base_trainer._BaseTrainer.create_model_card": "(self, model_name, dataset_name, tags)",
     "trl.trainer.base_trainer._BaseTrainer.loss_is_scaled_for_ga": "value",
+    "trl.scripts.utils.TrlParser.__init__": "(self, dataclass_types, **kwargs)",
+    "trl.scripts.utils.TrlParser.parse_args_and_config": "(self, args, return_remaining_strings, fail_with_unknown_args, separate_remaining_strings)",
+    "trl.scripts.utils.TrlParser.set_defaults_with_config": "(self, **kwargs)",
 }
 # With an underscore, read or set on an object; "attribute" where only instances have it.
 ATTRIBUTES = {
+    "argparse.ArgumentParser._actions": "attribute",
     "diffusers.ModelMixin._attention_backend": "attribute",
     "torch.UntypedStorage._cdata": "value",
+    "argparse.ArgumentParser._get_values": "(self, action, arg_strings)",
     "transformers.PreTrainedConfig._commit_hash": "attribute",
     "peft.tuners.tuners_utils.BaseTunerLayer._disable_adapters": "value",
     "peft.utils.other.AuxiliaryTrainingWrapper._disable_adapters": "attribute",

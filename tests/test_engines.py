@@ -19,7 +19,7 @@ from tests.conftest import unpaired
 from tests.tiny import tiny_stable_diffusion
 from trl_diffusion import DiffusionKTOConfig, DiffusionKTOTrainer, DiffusionSFTConfig, engines
 from trl_diffusion.callbacks import LogImagesCallback
-from trl_diffusion.cli.training import resolve_accelerate_config
+from trl_diffusion.cli.launch import resolve_accelerate_config
 
 
 SCRIPT = Path(__file__).parent / "scripts" / "train_engine.py"

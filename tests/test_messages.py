@@ -66,7 +66,7 @@ def places(sd_folder, clip_folder, tmp_path_factory):
         "table": file("table.csv", "name,text\nx,y\n"),
         "not_parquet": file("prompts.parquet", b"PAR?"),
         "broken_data": file("broken_data/train.parquet", b"PAR1 no parquet").parent,
-        "broken_yaml": file("broken.yaml", "beta: [1\nhub_token: hf_abcdefghijklmnop\n"),
+        "broken_yaml": file("broken.yaml", "beta: [1\nhub_token: hf_abcdefghijklmnopqrstuvw\n"),
         "list_yaml": file("list.yaml", "- 1\n- 2\n"),
         "empty_yaml": file("empty.yaml", ""),
         "misspelt_yaml": file("misspelt.yaml", "bench_stepz: 3\n"),

@@ -3,7 +3,6 @@
 import importlib
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 
 from trl_diffusion import families
-from trl_diffusion.cli import bench, beta, data, main, training
+from trl_diffusion.cli import bench, beta, data, launch, main, training
 
 
 ROOT = Path(__file__).parents[1]
@@ -68,12 +67,6 @@ def run(command: list[str], folder: Path) -> None:
 @pytest.mark.slow
 def test_commands(workplace, monkeypatch):
     """In processes of their own, but for those that differ from the first only in the method, or do not train."""
-
-    def launch_here(args):
-        monkeypatch.setattr(sys, "argv", [args.training_script, *args.training_script_args])
-        runpy.run_path(args.training_script, run_name="__main__")
-
-    monkeypatch.setattr(training, "launch_command", launch_here)
     monkeypatch.chdir(workplace)
     lines = [line for block in blocks(ROOT / "README.md", "bash") for line in block.splitlines() if line.strip()]
     commands = [line for line in lines if line not in NOT_RUN]
@@ -138,10 +131,10 @@ def test_commands_are_understood(page, workplace, monkeypatch):
         raise Understood
 
     for module, name in (
-        (training, "launch_command"),
+        (launch.Launch, "check"),
         (bench, "make_trainer"),
         (bench, "estimate"),
-        (beta, "first_rows"),
+        (beta, "random_rows"),
     ):
         monkeypatch.setattr(module, name, begin)
     monkeypatch.chdir(workplace)

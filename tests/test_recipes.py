@@ -17,11 +17,13 @@ from safetensors.torch import load_file
 from tests import tiny
 from tests.conftest import pairs, unpaired
 from trl_diffusion.bench.estimate import Mode, published_models, training_memory
-from trl_diffusion.cli import dpo, kto, main, rpo, training
+from trl_diffusion.cli import dpo, kto, main, rpo
 from trl_diffusion.cli.arguments import ModelArguments
 from trl_diffusion.cli.bench import make_estimate_parser
 from trl_diffusion.cli.data import make_parser as make_data_parser
 from trl_diffusion.cli.data import policies_of
+from trl_diffusion.cli.launch import Launch
+from trl_diffusion.cli.rank import LAUNCHER
 from trl_diffusion.trainer.base_trainer import DiffusionTrainer
 
 
@@ -100,9 +102,10 @@ def test_recipe_trains(name, stand_ins, tmp_path, monkeypatch):
     options, method = yaml.safe_load(RECIPES[name].read_text()), method_of(name)
     launched, trainers = [], []
 
-    def launch(args):
-        launched.append(args)
-        monkeypatch.setattr(sys, "argv", [args.training_script, *args.training_script_args])
+    def start(self, method, words, prog):
+        launched.append(self.args)
+        monkeypatch.setenv(LAUNCHER, "1")
+        monkeypatch.setattr(sys, "argv", ["rank.py", method, *words])
         METHODS[method].main()
 
     def train(self, *args, **kwargs):
@@ -122,14 +125,17 @@ def test_recipe_trains(name, stand_ins, tmp_path, monkeypatch):
     original, quantization_config = DiffusionTrainer.train, ModelArguments.quantization_config
     monkeypatch.setattr(DiffusionTrainer, "train", train)
     monkeypatch.setattr(ModelArguments, "quantization_config", stand_in)
-    monkeypatch.setattr(training, "launch_command", launch)
+    monkeypatch.setattr(Launch, "start", start)
     words = overrides(options, method, stand_ins, tmp_path / "out")
     main([method, "--config", str(RECIPES[name]), *words])
 
-    (args,), (trainer,) = launched, trainers
-    engine = options.get("accelerate_config")
-    assert (args.config_file and Path(args.config_file).stem) == engine
-    assert args.num_processes == options.get("num_processes")
+    (trainer,) = trainers
+    assert [Path(args.config_file).stem for args in launched] == [
+        options[name] for name in ("accelerate_config",) if name in options
+    ]
+    assert [args.num_processes for args in launched] == [
+        options[name] for name in ("num_processes",) if name in options
+    ]
     for option, value in options.items():
         if f"--{option}" not in words and hasattr(trainer.args, option):
             assert getattr(trainer.args, option) == value, option

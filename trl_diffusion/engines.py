@@ -13,17 +13,20 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import gather_object, save_fsdp_optimizer
+from accelerate.utils import gather_object, save_fsdp_optimizer, str_to_bool
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from diffusers import ModelMixin
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_hf_deepspeed_config
 from trl.models.utils import prepare_deepspeed
 
 
 Engine = Literal["replicated", "deepspeed", "fsdp2"]
+
+_WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Environment variables in which launchers say how many processes they have started, torch's own first."""
 
 OWN_SETTINGS = frozenset({"local_rank", "output_dir", "logging_dir", "run_name", "disable_tqdm", "log_level"})
 """Training arguments in which ranks may differ: each machine has its own paths, and what a rank prints is its own."""
@@ -52,6 +55,76 @@ def load_frozen_models_whole() -> None:
     Under ZeRO-3 it would partition text encoders and scorers, which no DeepSpeed engine gathers again.
     """
     unset_hf_deepspeed_config()
+
+
+def check_processes(args) -> None:
+    """
+    Raises `ValueError` where the processes or the engine that were asked for would not be those that train.
+
+    accelerate says nothing then: it starts one process, trains in each one alone, or leaves the engine out.
+
+    Args:
+        args ([`DiffusionConfig`]): The trainer's configuration.
+    """
+    name = next((name for name in _WORLD_SIZES if os.environ.get(name)), None)
+    started = 1 if name is None else int(os.environ[name])
+    on_cpu = args.device.type == "cpu"
+    if started != args.world_size:
+        raise ValueError(
+            f"Found {name}={started} and a training of {args.world_size} process(es), so that each would train alone: "
+            + (
+                "set `use_cpu=True` (`--use_cpu`) to train on the CPU."
+                if on_cpu and not args.use_cpu
+                else f"start with `torchrun`, `accelerate launch` or `trl-diffusion`, or unset {name}."
+            )
+        )
+    # Only accelerate's launcher of one process sets the first two, and the third if it was asked for several.
+    if name is None and {"ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys():
+        raise ValueError(
+            "Found `accelerate launch` for several processes, of which it starts one where there are not several "
+            "devices: start the script with `torchrun --nproc_per_node N` and `use_cpu=True`, or set "
+            "`--num_processes 1`."
+        )
+    if args.deepspeed_plugin is not None:
+        if "LOCAL_RANK" not in os.environ:
+            raise ValueError(
+                "Found a DeepSpeed configuration in a process that no launcher has started, where DeepSpeed cannot "
+                "run: start with `trl-diffusion`, `accelerate launch` or `torchrun`, also for one process."
+            )
+        if str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false")):
+            raise ValueError(
+                "Found a DeepSpeed configuration under `accelerate launch --cpu`, which leaves DeepSpeed out: set "
+                "`use_cpu=True` instead."
+            )
+        _check_deepspeed(args)
+    if args.fsdp_plugin_args is not None or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
+        check_fsdp(args)
+
+
+def _check_deepspeed(args) -> None:
+    """Refuses before the model is loaded what transformers would refuse after it, or DeepSpeed would do otherwise."""
+    if args.deepspeed:
+        config = args.hf_deepspeed_config
+    else:  # a configuration of accelerate's, which transformers would compare later
+        config = HfTrainerDeepSpeedConfig(copy.deepcopy(args.deepspeed_plugin.hf_ds_config.config))
+        config.trainer_config_process(args)
+        load_frozen_models_whole()  # the global configuration, which it has set
+    if config.mismatches:
+        pairs = [entry.removeprefix("- ds ").replace(" vs hf ", " and ") for entry in config.mismatches]
+        raise ValueError(
+            f"Found {'; '.join(pairs)} in the DeepSpeed configuration and in that of the training: write 'auto' into "
+            "the first, or the same value into both."
+        )
+
+
+def check_fsdp(args) -> None:
+    """Refuses FSDP where accelerate shards nothing."""
+    if args.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+        os.environ.pop("ACCELERATE_USE_FSDP", None)  # set by transformers; the next trainer may do without
+        raise ValueError(
+            f"Found FSDP with {args.world_size} process(es) on {args.device.type}, where accelerate shards nothing "
+            "and says nothing: start it on more than one accelerator, or use `multi_gpu` (DDP)."
+        )
 
 
 def check_ranks_agree(settings: dict[str, Any]) -> None:
@@ -107,12 +180,6 @@ def set_up(accelerator: Accelerator, denoiser: ModelMixin, args) -> None:
             "write to a folder that all nodes share."
         )
     engine = engine_of(accelerator)
-    if engine == "replicated" and os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        del os.environ["ACCELERATE_USE_FSDP"]  # set by accelerate; the next trainer of this process may do without
-        raise ValueError(
-            f"Found FSDP with {accelerator.num_processes} process(es) on {accelerator.device.type}, where accelerate "
-            "shards nothing and says nothing: start it on more than one accelerator, or use `multi_gpu` (DDP)."
-        )
     if engine == "deepspeed":
         _set_up_deepspeed(accelerator.state.deepspeed_plugin, denoiser, args)
     elif engine == "fsdp2":
@@ -122,6 +189,7 @@ def set_up(accelerator: Accelerator, denoiser: ModelMixin, args) -> None:
 def _set_up_deepspeed(plugin, denoiser: ModelMixin, args) -> None:
     load_frozen_models_whole()  # the accelerator has just set it again
     config, zero = plugin.hf_ds_config.config, plugin.hf_ds_config.config["zero_optimization"]
+    config.setdefault("gradient_clipping", args.max_grad_norm or 0.0)  # transformers fills in "auto" only
     if config.get("fp16", {}).get("enabled") is True:
         raise ValueError(
             "Found fp16 under DeepSpeed, which would turn the weights themselves into float16: set `bf16=True`, or "

@@ -23,6 +23,7 @@ from transformers import TrainingArguments
 from . import engines
 from .families import Family, family_class, load_pipeline
 from .files import written_whole
+from .redaction import redacted
 
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -178,7 +179,7 @@ def public_name(name: str) -> str:
     What is told of a model, a data set or a folder: its id or relative path; of an absolute path the last part, since
     the rest tells of a machine and its user.
     """
-    return Path(name).name if os.path.isabs(name) else name
+    return redacted(Path(name).name if os.path.isabs(name) else name)
 
 
 def stored_name(name: str) -> str:

@@ -28,7 +28,7 @@ _IN_TEXT = [
         rf"\1{MARK}",
     ),
     (re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{6,}"), rf"\1 {MARK}"),
-    (re.compile(r"\bhf_\w{8,}"), MARK),
+    (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), MARK),
 ]
 
 _known: set[str] = set()
@@ -150,6 +150,8 @@ def _options(words: list[str]) -> list[list[str]]:
 
 
 def _clean(option: list[str]) -> list[str]:
+    if not option[0].startswith("--"):
+        return redacted(option)
     name, equals, value = option[0].partition("=")
     values = redacted({name: [value, *option[1:]]})[name]
     return [f"{name}={values[0]}" if equals else name, *values[1:]]

@@ -29,8 +29,10 @@ def main(argv: list[str] | None = None) -> None:
 
     An error about the input is one line on stderr and exit code 2; `--debug` prints its traceback too.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    redact_argv()
+    if argv is None:
+        argv = sys.argv[1:]
+        redact_argv()
+    argv = list(argv)
     for i, word in enumerate(argv):
         # The training's own `--debug` has a value.
         if word == "--debug" and argv[i + 1 : i + 2] not in (["underflow_overflow"], ["tpu_metrics_debug"]):

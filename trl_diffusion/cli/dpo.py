@@ -4,15 +4,19 @@ from trl_diffusion.cli.training import launch, run_script
 from trl_diffusion.trainer.dpo_config import DiffusionDPOConfig
 
 
+def load_trainer() -> type:
+    from trl_diffusion.trainer.dpo_trainer import DiffusionDPOTrainer
+
+    return DiffusionDPOTrainer
+
+
 def run(argv: list[str]) -> None:
-    """Starts the training under accelerate, so that `--num_processes`, `--config_file` ... are understood."""
-    launch(DiffusionDPOConfig, __file__, argv, prog="trl-diffusion dpo")
+    """Trains; options that are not the trainer's are those of `accelerate launch`, such as `--num_processes`."""
+    launch("dpo", DiffusionDPOConfig, load_trainer, argv)
 
 
 def main() -> None:
-    from trl_diffusion.trainer.dpo_trainer import DiffusionDPOTrainer
-
-    run_script(DiffusionDPOTrainer, DiffusionDPOConfig)
+    run_script(DiffusionDPOConfig, load_trainer)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ def one_line_errors(prog: str) -> Iterator[None]:
     Args:
         prog (`str`): The command as the user typed it, e.g. `"trl-diffusion kto"`.
     """
-    sys.excepthook = _print_redacted
     try:
         yield
     except KeyboardInterrupt:
@@ -48,7 +47,14 @@ def one_line_errors(prog: str) -> Iterator[None]:
         if os.environ.get(DEBUG, "0") not in ("", "0"):
             print(redacted(traceback.format_exc()), file=sys.stderr)
         print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
+        sys.exit(2)  # which a tracker may watch
+    except Exception:
+        trace = traceback.format_exc()
+        if (clean := redacted(trace)) == trace:
+            raise
+        # Not left to `sys.excepthook`: that of wandb prints, and records, the error as it is.
+        print(clean, file=sys.stderr)
+        sys.exit(1)
 
 
 def _stdout_is_closed() -> bool:
@@ -58,10 +64,6 @@ def _stdout_is_closed() -> bool:
     if closed:  # Python flushes once more at its end, which must not fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return closed
-
-
-def _print_redacted(kind, error, trace) -> None:
-    print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def one_line(error: BaseException) -> str:
@@ -96,7 +98,7 @@ def _from_the_hub(error: BaseException) -> str | None:
     if reason is None or not isinstance(error, OSError):
         return None
     texts = " ".join(str(link) for link in reversed(chain))  # the Hub's own error is the last one
-    name = re.search(r"//[^/\s]+/(?:api/)?(?:(?:models|datasets)/)?([\w.-]+(?:/[\w.-]+)?)", texts)
+    name = re.search(r"//[^/\s]+/(?:api/)?(?:(?:models|datasets)/)?([\w.-]*\w(?:/[\w.-]*\w)?)", texts)
     name = re.search(r"Cannot load model (\S+):", texts) or name
     found = "the model" if name is None else repr(name[1])
     return f"Found no {found} on this machine or on the Hub: {reason}, or check the name (a Hub id or a folder)"

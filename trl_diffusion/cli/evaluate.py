@@ -13,12 +13,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
-<<<<<<< HEAD
 from ..data.buckets import show_size
 from ..data.formats import check_dataset
-=======
 from ..data.paths import folder_of, inside_only
->>>>>>> w/data
 from ..evaluation.images import ImageFolder
 from ..evaluation.implicit import implicit_accuracy
 from ..evaluation.prompts import read_prompts
@@ -67,14 +64,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset_config", help="configuration of the data set")
     parser.add_argument("--dataset_split", default="test", help="split of the data set (test)")
     parser.add_argument(
-<<<<<<< HEAD
-        "--num_draws", type=positive_int, default=10, help="timesteps and noises for each of its rows (10)"
-    )
-=======
         "--allow_outside", action="store_true", help="let its rows name image files outside of its folder"
     )
-    parser.add_argument("--num_draws", type=int, default=10, help="timesteps and noises for each of its rows (10)")
->>>>>>> w/data
+    parser.add_argument(
+        "--num_draws", type=positive_int, default=10, help="timesteps and noises for each of its rows (10)"
+    )
     parser.add_argument(
         "--output_dir", type=Path, required=True, help="where report.json, .md, .html, implicit.json and images/ go"
     )

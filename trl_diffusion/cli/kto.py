@@ -4,15 +4,19 @@ from trl_diffusion.cli.training import launch, run_script
 from trl_diffusion.trainer.kto_config import DiffusionKTOConfig
 
 
+def load_trainer() -> type:
+    from trl_diffusion.trainer.kto_trainer import DiffusionKTOTrainer
+
+    return DiffusionKTOTrainer
+
+
 def run(argv: list[str]) -> None:
-    """Starts the training under accelerate, so that `--num_processes`, `--config_file` ... are understood."""
-    launch(DiffusionKTOConfig, __file__, argv, prog="trl-diffusion kto")
+    """Trains; options that are not the trainer's are those of `accelerate launch`, such as `--num_processes`."""
+    launch("kto", DiffusionKTOConfig, load_trainer, argv)
 
 
 def main() -> None:
-    from trl_diffusion.trainer.kto_trainer import DiffusionKTOTrainer
-
-    run_script(DiffusionKTOTrainer, DiffusionKTOConfig)
+    run_script(DiffusionKTOConfig, load_trainer)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,19 @@ from trl_diffusion.cli.training import launch, run_script
 from trl_diffusion.trainer.rpo_config import DiffusionRPOConfig
 
 
+def load_trainer() -> type:
+    from trl_diffusion.trainer.rpo_trainer import DiffusionRPOTrainer
+
+    return DiffusionRPOTrainer
+
+
 def run(argv: list[str]) -> None:
-    """Starts the training under accelerate, so that `--num_processes`, `--config_file` ... are understood."""
-    launch(DiffusionRPOConfig, __file__, argv, prog="trl-diffusion rpo")
+    """Trains; options that are not the trainer's are those of `accelerate launch`, such as `--num_processes`."""
+    launch("rpo", DiffusionRPOConfig, load_trainer, argv)
 
 
 def main() -> None:
-    from trl_diffusion.trainer.rpo_trainer import DiffusionRPOTrainer
-
-    run_script(DiffusionRPOTrainer, DiffusionRPOConfig)
+    run_script(DiffusionRPOConfig, load_trainer)
 
 
 if __name__ == "__main__":

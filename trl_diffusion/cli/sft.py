@@ -4,15 +4,19 @@ from trl_diffusion.cli.training import launch, run_script
 from trl_diffusion.trainer.sft_config import DiffusionSFTConfig
 
 
+def load_trainer() -> type:
+    from trl_diffusion.trainer.sft_trainer import DiffusionSFTTrainer
+
+    return DiffusionSFTTrainer
+
+
 def run(argv: list[str]) -> None:
-    """Starts the training under accelerate, so that `--num_processes`, `--config_file` ... are understood."""
-    launch(DiffusionSFTConfig, __file__, argv, prog="trl-diffusion sft")
+    """Trains; options that are not the trainer's are those of `accelerate launch`, such as `--num_processes`."""
+    launch("sft", DiffusionSFTConfig, load_trainer, argv)
 
 
 def main() -> None:
-    from trl_diffusion.trainer.sft_trainer import DiffusionSFTTrainer
-
-    run_script(DiffusionSFTTrainer, DiffusionSFTConfig)
+    run_script(DiffusionSFTConfig, load_trainer)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin, PipelineQuantizationConfig
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
+from ..redaction import redact_logs, redacted
 from .base import Family
 from .flux import Flux
 from .flux2 import Flux2, Flux2Klein
@@ -182,6 +183,8 @@ def load_pipeline(model: str, **kwargs: Any) -> DiffusionPipeline:
     Raises:
         `ValueError`: if `model` is a local folder that holds no diffusers pipeline.
     """
+    redacted(kwargs)  # remembers the secrets, of which diffusers logs those that it does not know
+    redact_logs()
     _check_folder(model)
     dtype = kwargs.pop("dtype", None) or torch.float32
     if isinstance(dtype, str):

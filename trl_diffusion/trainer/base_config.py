@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -12,9 +13,10 @@ from trl.trainer.base_config import _BaseConfig
 from ..data.buckets import parse_sizes, show_size
 from ..engines import load_frozen_models_whole
 from ..likelihood import TIMESTEP_SAMPLINGS, WEIGHTINGS
+from ..redaction import redacted
 
 
-@dataclass
+@dataclass(repr=False)
 class DiffusionConfig(_BaseConfig):
     r"""
     Parameters shared by all trainers of this library, on top of [`~transformers.TrainingArguments`].
@@ -148,6 +150,10 @@ class DiffusionConfig(_BaseConfig):
         bf16 (`bool`, *optional*):
             Whether to train under bfloat16 autocast. Defaults to `True` on an accelerator unless `fp16` is set, and to
             `False` on a CPU.
+        resume_from_checkpoint (`str` or `bool`, *optional*):
+            Checkpoint that the training commands resume from: a folder, or `"latest"` (also `True`, and
+            `--resume_from_checkpoint` without a value) for the last one in `output_dir`. Given to
+            [`~transformers.Trainer.train`] by hand in Python.
         logging_nan_inf_filter (`bool`, *optional*, defaults to `False`):
             The filter would hide what stops the run here: a loss that is not finite. It also costs a synchronisation
             of the device in every step.
@@ -244,7 +250,19 @@ class DiffusionConfig(_BaseConfig):
 
     bf16: bool | None = field(
         default=None,
-        metadata={"help": "Whether to train under bfloat16 autocast. Defaults to True on an accelerator."},
+        metadata={
+            "help": "Whether to train under bfloat16 autocast. Defaults to True on an accelerator.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoint to resume from; `latest`, or no value, is the last one in `output_dir`.",
+            "nargs": "?",
+            "const": "latest",
+        },
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Whether to hide losses that are not finite; they stop the run anyway."}
@@ -261,22 +279,48 @@ class DiffusionConfig(_BaseConfig):
     _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
 
     def to_dict(self):
-        # Trackers and files record this. transformers' version blanks its own tokens only, and stumbles over
-        # diffusers' quantization configuration of a pipeline, which has no `to_dict`.
+        # Trackers and files record this. transformers' version redacts its own tokens only, and fails with diffusers'
+        # quantization configuration of a pipeline, which has no `to_dict`.
         recorded = copy.copy(self)
         if isinstance(self.model_init_kwargs, dict):
             kwargs = recorded.model_init_kwargs = dict(self.model_init_kwargs)
-            if "token" in kwargs:
-                kwargs["token"] = "<TOKEN>"
             if isinstance(kwargs.get("quantization_config"), PipelineQuantizationConfig):
                 kwargs["quantization_config"] = {k: str(v) for k, v in vars(kwargs["quantization_config"]).items()}
-        return super(DiffusionConfig, recorded).to_dict()
+        return redacted(super(DiffusionConfig, recorded).to_dict())
+
+    def __repr__(self):
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
+
+    __str__ = __repr__
 
     def __post_init__(self):
+        # What `accelerate launch` was told; it counts where the options say nothing.
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if self.bf16 is None and not self.fp16 and launched in ("bf16", "fp16"):
+            setattr(self, launched, True)
         if self.bf16 is None and not torch.accelerator.is_available():
             # TRL's default of True is refused by TrainingArguments on a machine without an accelerator.
             self.bf16 = False
         super().__post_init__()
+        precision = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"
+        if launched not in ("no", precision):
+            raise ValueError(
+                f"Found mixed_precision={launched!r} from `accelerate launch` or its configuration, and bf16="
+                f"{self.bf16}, fp16={self.fp16}: give both the same, or start with `trl-diffusion`, which follows the "
+                "options of the training."
+            )
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError(
+                "Found fp16 on a CPU, where accelerate computes in float32 all the same: set `fp16=False`, or use "
+                "`bf16=True` with `use_cpu=True`."
+            )
+        if isinstance(self.resume_from_checkpoint, str):
+            word = self.resume_from_checkpoint.lower()
+            self.resume_from_checkpoint = {"true": True, "latest": True, "false": None}.get(
+                word, self.resume_from_checkpoint
+            )
+        elif self.resume_from_checkpoint is False:
+            self.resume_from_checkpoint = None
         if self.resolution is not None:
             self.resolution = list(map(show_size, parse_sizes(self.resolution)))
         if self.deepspeed_plugin is not None:
@@ -418,7 +462,7 @@ class DiffusionConfig(_BaseConfig):
             raise ValueError(f"`beta` must be positive and finite, found {beta}: {paper}.")
 
 
-@dataclass
+@dataclass(repr=False)  # `DiffusionConfig` keeps tokens out of it
 class PreferenceConfig(DiffusionConfig):
     r"""
     Parameters shared by the methods that compare with a reference, on top of [`DiffusionConfig`].

@@ -131,6 +131,7 @@ class DiffusionTrainer(SavingTrainer):
             args = self.config_class(f"{name.split('/')[-1]}-{self._name}")
         if not isinstance(args, self.config_class):
             raise TypeError(f"`args` must be a {self.config_class.__name__}, found {type(args).__name__}.")
+        engines.check_processes(args)
         if quantization_config is not None and peft_config is None:
             raise ValueError(
                 "Found `quantization_config` without `peft_config`: quantized weights cannot be trained; pass a "
