@@ -455,9 +455,8 @@ class DiffusionTrainer(SavingTrainer):
 
     # ---- Computed once ----------------------------------------------------------------------------------------------
 
-    def _visits(self, sampler: KeyedSampler, steps: int) -> Visits:
-        """The visits of a training for which there must be draws: with `num_ref_draws` each draw once."""
-        visits = sampler.visits(steps, with_windows=self.example_builders[0].share_timestep)
+    def _different_draws(self, visits: Visits) -> Visits:
+        """Of these visits those with different draws: the first `num_ref_draws` of each row."""
         if self.args.num_ref_draws is None:
             return visits
         return Visits(np.minimum(visits.counts, self.args.num_ref_draws))
@@ -469,7 +468,8 @@ class DiffusionTrainer(SavingTrainer):
             return None
         sampler = self._get_train_sampler()
         steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * sampler.steps_per_epoch)
-        draws, visits = self._visits(sampler, steps), sampler.visits(steps)
+        visits = sampler.visits(steps, with_windows=self.example_builders[0].share_timestep)
+        draws = self._different_draws(visits)
         seen = visits.counts[draws.counts > 0] / draws.counts[draws.counts > 0]
         if seen.max() > 1 and self.is_world_process_zero():
             warnings.warn(
@@ -486,8 +486,9 @@ class DiffusionTrainer(SavingTrainer):
         steps, examples_per_step, draws = self._planned
         if (self.state.max_steps, sampler.examples_per_step) == (steps, examples_per_step):
             return
-        needed = self._visits(sampler, self.state.max_steps)
-        if draws.windows is not None or (needed.counts > draws.counts).any():
+        needed = self._different_draws(sampler.visits(self.state.max_steps))
+        other_windows = draws.windows is not None and sampler.examples_per_step != examples_per_step
+        if other_windows or (needed.counts > draws.counts).any():
             raise ValueError(
                 f"Found a training of {self.state.max_steps} steps of {sampler.examples_per_step} rows, but the "
                 f"reference's errors were computed for {steps} steps of {examples_per_step} rows: make a new trainer "

@@ -213,7 +213,7 @@ class DiffusionRPOTrainer(DiffusionTrainer):
     # ---- Metrics ----------------------------------------------------------------------------------------------------
 
     def training_metrics(self, means: dict[str, float]) -> dict[str, float]:
-        share = means["contrast/diagonal_weight"]
+        share = means.get("contrast/diagonal_weight", 1.0)
         if (
             share < OWN_WEIGHT
             and self.args.diagonal == "include"
