@@ -320,7 +320,7 @@ def test_mistaken_options_start_no_training(sd_folder, data_folder, tmp_path, re
     ("method", "options", "setting"),
     [
         ("rpo", ("--embedding_model", EMOJI / "clip", "--diagonal", "0.3"), "diagonal 0.3, over the batch"),
-        ("dpo", ("--loss_type", "ipo"), "Diffusion-DPO, loss `ipo`"),
+        ("dpo", ("--loss_type", "ipo", "--beta", "5"), "Diffusion-DPO, loss `ipo`"),
         ("sft", ("--weighting", "min_snr"), "supervised fine-tuning, error weighting `min_snr`"),
     ],
 )

@@ -621,12 +621,11 @@ def test_weight_of_each_row(tmp_path):
     assert run(tmp_path, dataset).state.log_history[0]["loss"] == 0.5 * (1 + 2 + 4 + 9) / 4
 
 
-def test_weight_zero_trains_nothing_and_one_changes_nothing(tmp_path):
+def test_a_weight_of_one_changes_nothing(tmp_path):
     start = tiny_stable_diffusion().unet.state_dict()
-    plain, ones, zeros = (run(tmp_path, d, 2).model.state_dict() for d in (unpaired(), weighted(1.0), weighted(0.0)))
+    plain, ones = (run(tmp_path, d, 2).model.state_dict() for d in (unpaired(), weighted(1.0)))
     assert all(torch.equal(plain[name], ones[name]) for name in plain)
     assert not all(torch.equal(plain[name], start[name]) for name in plain)
-    assert all(torch.equal(zeros[name], start[name]) for name in start)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

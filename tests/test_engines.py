@@ -11,15 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from tests.conftest import unpaired
 from tests.tiny import tiny_stable_diffusion
 from trl_diffusion import DiffusionKTOConfig, DiffusionKTOTrainer, DiffusionSFTConfig, engines
 from trl_diffusion.callbacks import LogImagesCallback
 from trl_diffusion.cli.launch import resolve_accelerate_config
+from trl_diffusion.ema import EMACallback
 
 
 SCRIPT = Path(__file__).parent / "scripts" / "train_engine.py"
@@ -313,10 +315,28 @@ def test_the_average_is_that_of_the_steps(tmp_path):
     trainer.train()
     average = weights(tmp_path / "checkpoint-4" / "ema")
     for name in average:
-        start, *rest = (step[name] for step in recorder.steps)
-        expected = start / 16 + sum(w / 2 ** (4 - i) for i, w in enumerate(rest))
+        _, *rest = (step[name] for step in recorder.steps)
+        # Of the steps before: none, 2/11, 3/12, 4/13 of what was there.
+        expected = rest[0]
+        for kept, w in zip((2 / 11, 3 / 12, 4 / 13), rest[1:], strict=True):
+            expected = kept * expected + (1 - kept) * w
         torch.testing.assert_close(average[name], expected, rtol=0, atol=1e-6)
         assert torch.equal(trainer.model.state_dict()[name], rest[-1]), "the policy keeps its own weights"
+
+
+@pytest.mark.parametrize("decay", [0.1, 0.9, 0.9999])
+def test_the_average_is_that_of_diffusers(decay):
+    """Step by step with its `EMAModel`, whose warm-up is its default too."""
+    weights = torch.nn.Parameter(torch.zeros(3))
+    theirs = EMAModel([weights], decay=decay)
+    ours = EMACallback(None, decay)
+    ours._parts = lambda: [weights]
+    ours.on_train_begin(None, None, None)
+    for step in range(1, 60):
+        weights.data = torch.randn(3, generator=torch.Generator().manual_seed(step))
+        theirs.step([weights])
+        ours.on_step_end(None, TrainerState(global_step=step), None)
+        torch.testing.assert_close(ours.average[0], theirs.shadow_params[0], rtol=1e-6, atol=1e-6)
 
 
 def test_images_are_drawn_with_the_average(tmp_path):

@@ -480,21 +480,6 @@ def test_row_weights_scale_the_loss(tmp_path, method):
     assert two == pytest.approx(2 * one, rel=1e-6)
 
 
-@ALL
-def test_a_row_of_weight_zero_is_not_learnt(tmp_path, method):
-    """RPO's other winners still meet its loser, but for the diagonal on which all weight lies here."""
-    data = METHODS[method][2](4)
-    options = {"max_steps": 1, "optim": "sgd", "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
-    if method == "kto":
-        options |= {"desirable_ratio": None, "reference_point": "none"}
-    if method == "rpo":
-        options |= {"embedder": own_loser_first, "temperature": 1e-4}
-    nothing = trained(method, tmp_path, dataset=data.add_column("weight", [0.0] * 4), **options)
-    start = dict(tiny_stable_diffusion().unet.named_parameters())
-    assert losses(nothing) == [0.0]
-    assert_equal(weights(nothing), {name: p.detach() for name, p in start.items()})
-
-
 def test_evaluation_of_rpo_does_not_depend_on_the_batch_size(tmp_path):
     """Contrast sets of 4 and 7: what is left over joins the last."""
     trainer = trained("rpo", tmp_path, eval_dataset=pairs(11), max_steps=2)

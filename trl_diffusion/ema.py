@@ -12,12 +12,14 @@ from . import engines
 
 class EMACallback(TrainerCallback):
     """
-    Keeps an exponential moving average of the trained weights: `average = decay * average + (1 - decay) * weights`
-    after each optimizer step. Each rank averages what it holds of them.
+    Keeps an exponential moving average of the trained weights: `average = d * average + (1 - d) * weights` after each
+    optimizer step, with `d = min(decay, (1 + n) / (10 + n))` after `n` earlier ones, 0 after the first step, as
+    diffusers' `EMAModel`: without this warm-up the average would be mostly the start for `1 / (1 - decay)` steps. Each
+    rank averages what it holds of the weights.
 
     Args:
         trainer ([`DiffusionTrainer`]): The trainer.
-        decay (`float`): Weight of the average so far, in (0, 1).
+        decay (`float`): Largest weight of the average so far, in (0, 1).
     """
 
     def __init__(self, trainer, decay: float):
@@ -35,8 +37,10 @@ class EMACallback(TrainerCallback):
 
     @torch.no_grad()
     def on_step_end(self, args, state, control, **kwargs):
+        before = state.global_step - 1
+        decay = min(self.decay, (1 + before) / (10 + before)) if before else 0.0
         for average, part in zip(self.average, self._parts(), strict=True):
-            average.lerp_(part, 1 - self.decay)
+            average.lerp_(part, 1 - decay)
 
     @contextmanager
     def in_place_of_the_weights(self) -> Iterator[None]:

@@ -165,8 +165,10 @@ def dpo_loss(
             The same of the rejected images, at the same timestep and noise.
         beta (`float`):
             Inverse temperature in units of 1 / (mean squared error). The paper uses 2000 for SD 1.5, 5000 for SDXL.
+            Of `"ipo"` it sets the margin that is aimed at, `1 / (2 beta)`.
         loss_type (`str`, *optional*, defaults to `"sigmoid"`):
-            `"sigmoid"`, `"hinge"`: `relu(1 - beta m)`, or `"ipo"`: `(m - 1 / (2 beta))^2`.
+            `"sigmoid"`, `"hinge"`: `relu(1 - beta m)`, or `"ipo"`: `(m - 1 / (2 beta))^2`. At `m = 0` their slopes are
+            `beta / 4`, `beta` and `1 / beta`.
         label_smoothing (`float`, *optional*, defaults to `0.0`):
             Probability that a pair is labelled the wrong way round, in [0, 0.5); for `"sigmoid"` only (cDPO).
 

@@ -195,7 +195,9 @@ def precomputed_errors(
         errors = np.empty((len(rows), found[0].shape[1] if found else 1), np.float32)
         if found:
             errors[order] = np.concatenate(found)
-        inner = pa.ListArray.from_arrays(np.arange(0, errors.size + 1, errors.shape[1], np.int32), errors.reshape(-1))
+        inner = pa.ListArray.from_arrays(
+            np.arange(0, errors.size + 1, errors.shape[1], dtype=np.int32), errors.reshape(-1)
+        )
         ragged = pa.ListArray.from_arrays((starts[first : last + 1] - begin).astype(np.int32), inner)
         write_part({REF_ERRORS: ragged}, folder, "errors")
 

@@ -172,26 +172,56 @@ class StreamingExamples(torch_data.IterableDataset):
     A stream; the key of a row is its place in the stream.
 
     Every rank reads the whole stream and takes its share of the rows (accelerate's `IterableDatasetShard`), so that
-    places are global and a resumed run can skip to where it was.
+    places are global and a resumed run can skip to where it was. Rows of weight 0 are left out.
+
+    Args:
+        dataset (`IterableDataset`): The rows.
+        builder (`ExampleBuilder`): Makes the examples.
+        training (`bool`): Whether the draws are those of the epoch, or the fixed ones of evaluation.
+        rows_per_window (`int`, *optional*, defaults to `1`): How many consecutive rows share a window.
+        multiple_of (`int`, *optional*, defaults to `1`):
+            The rows are filled up to a multiple of this number with rows of a second pass, and their own noise, as
+            [`KeyedSampler`] does.
     """
 
-    def __init__(self, dataset: IterableDataset, builder: ExampleBuilder, training: bool, rows_per_window: int = 1):
+    def __init__(
+        self,
+        dataset: IterableDataset,
+        builder: ExampleBuilder,
+        training: bool,
+        rows_per_window: int = 1,
+        multiple_of: int = 1,
+    ):
         self.rows, self.builder, self.training, self.epoch = dataset, builder, training, 0
-        self.rows_per_window = rows_per_window
+        self.rows_per_window, self.multiple_of = rows_per_window, multiple_of
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
         self.rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        rows = iter(self.rows.select_columns(self.builder.columns))
-
         epoch = self.epoch if self.training else EVALUATION
-        for place in count():
-            row = read_image(place, lambda: next(rows, None))
+        place, filling = 0, False
+        while not filling or place % self.multiple_of:
+            before = place
+            for index, row in self._checked_rows():
+                if row.get("weight") == 0:
+                    continue
+                # One visit an epoch: a row that comes again does so at another place.
+                key = ExampleKey(place, epoch, epoch, place // self.rows_per_window)
+                yield read_image(index, partial(self.builder, row, key))
+                place += 1
+                if filling and place % self.multiple_of == 0:
+                    return
+            if place == before:
+                return
+            filling = True
+
+    def _checked_rows(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        rows = iter(self.rows.select_columns(self.builder.columns))
+        for index in count():
+            row = read_image(index, lambda: next(rows, None))
             if row is None:
                 return
-            check_row(row, self.builder.columns, place)
-            # One visit an epoch.
-            key = ExampleKey(place, epoch, epoch, place // self.rows_per_window)
-            yield read_image(place, partial(self.builder, row, key))
+            check_row(row, self.builder.columns, index)
+            yield index, row

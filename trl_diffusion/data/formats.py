@@ -142,8 +142,9 @@ def check_dataset(dataset: AnyDataset, required: tuple[str, ...], what: str) -> 
 
     Raises:
         `TypeError`: if it is not a data set of the `datasets` library.
-        `ValueError`: if it is empty, a column is missing or has another type, or a value is None. Of a streaming data
-            set only the declared columns can be checked here; its rows are checked as they come.
+        `ValueError`: if it is empty, a column is missing or has another type, a value is None, or a weight is no
+            weight. Of a streaming data set only the declared columns can be checked here; its rows are checked as they
+            come.
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         raise TypeError(
@@ -169,6 +170,31 @@ def check_dataset(dataset: AnyDataset, required: tuple[str, ...], what: str) -> 
                 f"Column {name!r} of the {what} is None in row {nulls[0]}: give it a value, or drop such rows with "
                 f"`dataset.filter(lambda row: row[{name!r}] is not None)`."
             )
+    if "weight" in columns:
+        weights = read_weights(dataset)
+        wrong = np.flatnonzero(~((weights >= 0) & (weights < np.inf)))
+        if len(wrong):
+            raise ValueError(_wrong_weight(weights[wrong[0]], int(wrong[0]), what))
+        if not weights.any():
+            raise ValueError(
+                f"All {len(weights)} weights of the {what} are 0, which leaves every row out: give a positive "
+                "`weight` to the rows that count."
+            )
+
+
+def _wrong_weight(weight: float, row: int, what: str) -> str:
+    return (
+        f"The `weight` in row {row} of the {what} is {weight:g}, expected a finite number that is not negative: it is "
+        "a factor on the row's loss, and 0 leaves the row out."
+    )
+
+
+def weighted_rows(dataset: Dataset) -> Dataset:
+    """The rows of a checked data set whose `weight` is not 0; all of them where there is no such column."""
+    if "weight" not in dataset.column_names:
+        return dataset
+    weights = read_weights(dataset)
+    return dataset if weights.all() else dataset.select(np.flatnonzero(weights))
 
 
 def declare_columns(dataset: AnyDataset) -> AnyDataset:
@@ -204,6 +230,12 @@ def read_labels(dataset: Dataset) -> np.ndarray:
     return np.concatenate([pc.cast(b["label"], "bool").to_numpy() for _, b in _arrow_batches(column)])
 
 
+def read_weights(dataset: Dataset) -> np.ndarray:
+    """The `weight` column, as [`read_labels`] reads labels."""
+    column = dataset.select_columns("weight").with_format("arrow")
+    return np.concatenate([pc.cast(b["weight"], "double").to_numpy() for _, b in _arrow_batches(column)])
+
+
 def check_row(row: Mapping, columns: list[str], index: int) -> None:
     """The check of [`check_dataset`] for one row of a stream: a wrong or missing value is named by its row."""
     kinds = {"string": str, "bool": bool, "float": float, "vector": list}
@@ -212,6 +244,8 @@ def check_row(row: Mapping, columns: list[str], index: int) -> None:
         value = row.get(name)
         if value is None or (kind in kinds and not isinstance(value, kinds[kind])):
             raise ValueError(f"Column {name!r} is {value!r} in row {index}, expected {kind}.")
+        if name == "weight" and not 0 <= value < np.inf:
+            raise ValueError(_wrong_weight(value, index, "stream"))
 
 
 def unpair_preference_dataset(dataset: AnyDataset) -> AnyDataset:
@@ -234,6 +268,8 @@ def unpair_preference_dataset(dataset: AnyDataset) -> AnyDataset:
     dataset = declare_columns(dataset)
     columns = present_columns(dataset, ("prompt", "chosen", "rejected"))
     _check_features(dataset.features or {}, columns, "paired data set")
+    if isinstance(dataset, Dataset):  # rows have other numbers afterwards
+        check_dataset(dataset, ("prompt", "chosen", "rejected"), "paired data set")
     kept = [name for name in columns if name not in ("chosen", "rejected")]
     raw = dataset.select_columns(columns)
     if isinstance(dataset, Dataset):  # a stream would hand out images undecoded for good

@@ -122,6 +122,14 @@ class Family(ABC):
         return getattr(self.pipeline, self.denoiser_name)
 
     @property
+    def proportion_empty_prompts(self) -> float:
+        """
+        Share of the training examples that lose their prompt where the configuration names none: 0 for a model that is
+        conditioned on the guidance scale and sampled without an unconditional side.
+        """
+        return 0.2
+
+    @property
     def is_quantized(self) -> bool:
         """Whether some of the denoiser's weights are packed integers, or a tensor class that stands for such."""
         return any(type(p.data) is not torch.Tensor or not p.is_floating_point() for p in self.denoiser.parameters())

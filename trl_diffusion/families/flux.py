@@ -19,6 +19,10 @@ class Flux(FlowFamily):
     # What a model with an embedded guidance scale is told of it: what the pipeline samples with by default.
     guidance_scale = 3.5
 
+    @property
+    def proportion_empty_prompts(self) -> float:
+        return 0.0 if self.denoiser.config.guidance_embeds else super().proportion_empty_prompts
+
     def default_resolution(self) -> int:
         return self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
 

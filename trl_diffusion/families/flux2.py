@@ -23,6 +23,10 @@ class Flux2(FlowFamily):
     guidance_scale: ClassVar[float | None] = 4.0
     num_inference_steps = 50
 
+    @property
+    def proportion_empty_prompts(self) -> float:
+        return super().proportion_empty_prompts if self.guidance_scale is None else 0.0
+
     def default_resolution(self) -> int:
         return self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
 

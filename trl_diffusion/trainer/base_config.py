@@ -42,9 +42,11 @@ class DiffusionConfig(_BaseConfig):
             Whether images that are not square lose both ends alike. If `False`, the place of the crop is random.
         random_flip (`bool`, *optional*, defaults to `False`):
             Whether to mirror half of the images, left to right.
-        proportion_empty_prompts (`float`, *optional*, defaults to `0.2`):
+        proportion_empty_prompts (`float`, *optional*):
             Probability that a training example loses its prompt, so that classifier-free guidance keeps a good
-            unconditional side. 0.2 is what Diffusion-DPO and Diffusion-KTO use. Evaluation keeps all prompts.
+            unconditional side. Defaults to 0.2, which Diffusion-DPO and Diffusion-KTO use, and to 0 for models that
+            are conditioned on the guidance scale and sampled without an unconditional side (FLUX.1-dev, FLUX.2-dev).
+            Evaluation keeps all prompts.
 
         size_conditioning (`str`, *optional*, defaults to `"real"`):
             What a model that is told the size and crop of an image (SDXL) is told: `"real"`, those of the image, or
@@ -116,9 +118,9 @@ class DiffusionConfig(_BaseConfig):
         > Parameters that control the moving average of the weights
 
         ema_decay (`float`, *optional*):
-            Keeps an exponential moving average of the trained weights, `average = decay * average + (1 - decay) *
-            weights` after each optimizer step, sharded as they are; sample images are drawn with it. 0.9999 is usual
-            for long trainings. None keeps none.
+            Keeps an exponential moving average of the trained weights, `average = d * average + (1 - d) * weights`
+            after each optimizer step, sharded as they are; sample images are drawn with it. `d` warms up to this
+            number, as `(1 + n) / (10 + n)` after `n` steps. 0.9999 is usual for long trainings. None keeps none.
         ema_export (`bool`, *optional*, defaults to `False`):
             Whether `save_model` writes the average in place of the last weights. Checkpoints hold both.
 
@@ -182,8 +184,12 @@ class DiffusionConfig(_BaseConfig):
         default=True, metadata={"help": "Whether to crop the centre; otherwise the place of the crop is random."}
     )
     random_flip: bool = field(default=False, metadata={"help": "Whether to mirror half of the images, left to right."})
-    proportion_empty_prompts: float = field(
-        default=0.2, metadata={"help": "Probability that a training example loses its prompt."}
+    proportion_empty_prompts: float | None = field(
+        default=None,
+        metadata={
+            "help": "Probability that a training example loses its prompt. Defaults to 0.2, and to 0 for models that "
+            "are conditioned on the guidance scale."
+        },
     )
     size_conditioning: Literal["real", "fixed"] = field(
         default="real", metadata={"help": "What SDXL is told of size and crop: the image's, or always the same."}
@@ -325,7 +331,7 @@ class DiffusionConfig(_BaseConfig):
             self.resolution = list(map(show_size, parse_sizes(self.resolution)))
         if self.deepspeed_plugin is not None:
             load_frozen_models_whole()
-        if not 0 <= self.proportion_empty_prompts <= 1:
+        if self.proportion_empty_prompts is not None and not 0 <= self.proportion_empty_prompts <= 1:
             raise ValueError(f"`proportion_empty_prompts` must be in [0, 1], found {self.proportion_empty_prompts}.")
         if self.compile_repeated_blocks is not None and self.torch_compile:
             raise ValueError(

@@ -6,7 +6,7 @@ A method's own file holds its columns, its loss and its metrics; nothing here kn
 import functools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
@@ -28,7 +28,7 @@ from ..data.buckets import Size, check_size, image_sizes, in_whole_batches, near
 from ..data.cache import fingerprint
 from ..data.examples import ExampleBuilder, Examples, StreamingExamples, collate
 from ..data.features import LATENTS, FeatureCache, PromptTable, encoders_fingerprint, modules_fingerprint
-from ..data.formats import REF_ERRORS, AnyDataset, check_dataset, declare_columns, present_columns
+from ..data.formats import REF_ERRORS, AnyDataset, check_dataset, declare_columns, present_columns, weighted_rows
 from ..data.images import ImageTransform
 from ..data.samplers import KeyedSampler, Visits
 from ..ema import EMACallback
@@ -63,6 +63,25 @@ def rows_per_window(args: DiffusionConfig) -> int:
     return (
         args.per_device_train_batch_size * ranks * (args.gradient_accumulation_steps if args.window == "step" else 1)
     )
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def as_device_has(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor in a dtype that the device has; it must be that before it is moved there."""
+    return tensor.to(widest_float(device)) if tensor.dtype == torch.float64 else tensor
+
+
+def collate_for(device: torch.device, collator: Callable[[list], dict[str, Any]], examples: list) -> dict[str, Any]:
+    """A batch that accelerate can move to the device."""
+    batch = collator(examples)
+    return {
+        name: as_device_has(value, device) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
 
 
 class DiffusionTrainer(SavingTrainer):
@@ -168,6 +187,8 @@ class DiffusionTrainer(SavingTrainer):
         self.base_model_id = (
             model if isinstance(model, str) else self.pipeline.config.get("_name_or_path") or "a pipeline in memory"
         )
+        if args.proportion_empty_prompts is None:
+            args.proportion_empty_prompts = self.family.proportion_empty_prompts
         self.image_sizes = self._resolve_image_sizes(args)
         self.timestep_sampling = self._resolve_timestep_sampling(args)
         if args.size_conditioning != "real" and not self.family.conditions_on_size:
@@ -227,7 +248,7 @@ class DiffusionTrainer(SavingTrainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=data_collator or collate,
+            data_collator=functools.partial(collate_for, args.device, data_collator or collate),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             # Trainer would hand a pipeline's tokenizer to code for language models; the pipeline stays with us.
@@ -316,6 +337,11 @@ class DiffusionTrainer(SavingTrainer):
         return {}
 
     @property
+    def scores_steps(self) -> bool:
+        """Whether a step is scored before it is trained on, see [`_score`]."""
+        return self.args.window == "step"
+
+    @property
     def rows_per_window(self) -> int:
         """Rows over which the method takes its statistics (`args.window`)."""
         return rows_per_window(self.args)
@@ -353,7 +379,9 @@ class DiffusionTrainer(SavingTrainer):
     def _prepare_dataset(self, dataset: AnyDataset, what: str, args: DiffusionConfig) -> AnyDataset:
         dataset = declare_columns(dataset)
         check_dataset(dataset, self.columns, what)
-        if isinstance(dataset, IterableDataset):
+        if isinstance(dataset, Dataset):
+            dataset = weighted_rows(dataset)
+        else:
             if args.dataloader_num_workers > 0:
                 raise ValueError(
                     f"Found a streaming {what} with dataloader_num_workers={args.dataloader_num_workers}: the place "
@@ -418,9 +446,8 @@ class DiffusionTrainer(SavingTrainer):
 
     # ---- Computed once ----------------------------------------------------------------------------------------------
 
-    def _visits(self, sampler: KeyedSampler, steps: int) -> Visits:
-        """The visits of a training for which there must be draws: with `num_ref_draws` each draw once."""
-        visits = sampler.visits(steps, with_windows=self.example_builders[0].share_timestep)
+    def _different_draws(self, visits: Visits) -> Visits:
+        """Of these visits those with different draws: the first `num_ref_draws` of each row."""
         if self.args.num_ref_draws is None:
             return visits
         return Visits(np.minimum(visits.counts, self.args.num_ref_draws))
@@ -432,7 +459,8 @@ class DiffusionTrainer(SavingTrainer):
             return None
         sampler = self._get_train_sampler()
         steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * sampler.steps_per_epoch)
-        draws, visits = self._visits(sampler, steps), sampler.visits(steps)
+        visits = sampler.visits(steps, with_windows=self.example_builders[0].share_timestep)
+        draws = self._different_draws(visits)
         seen = visits.counts[draws.counts > 0] / draws.counts[draws.counts > 0]
         if seen.max() > 1 and self.is_world_process_zero():
             warnings.warn(
@@ -449,8 +477,9 @@ class DiffusionTrainer(SavingTrainer):
         steps, examples_per_step, draws = self._planned
         if (self.state.max_steps, sampler.examples_per_step) == (steps, examples_per_step):
             return
-        needed = self._visits(sampler, self.state.max_steps)
-        if draws.windows is not None or (needed.counts > draws.counts).any():
+        needed = self._different_draws(sampler.visits(self.state.max_steps))
+        other_windows = draws.windows is not None and sampler.examples_per_step != examples_per_step
+        if other_windows or (needed.counts > draws.counts).any():
             raise ValueError(
                 f"Found a training of {self.state.max_steps} steps of {sampler.examples_per_step} rows, but the "
                 f"reference's errors were computed for {steps} steps of {examples_per_step} rows: make a new trainer "
@@ -581,7 +610,11 @@ class DiffusionTrainer(SavingTrainer):
         builders = self._builders_for(dataset)
         examples: Examples | StreamingExamples
         if isinstance(dataset, IterableDataset):
-            examples = StreamingExamples(dataset, builders[0], is_training, self.rows_per_window)
+            # As [`KeyedSampler`] does, so that no step, and no window of it, is smaller than the others.
+            fill = is_training and not self.args.dataloader_drop_last
+            examples = StreamingExamples(
+                dataset, builders[0], is_training, self.rows_per_window, self.examples_per_step if fill else 1
+            )
         else:
             buckets, order = self.buckets(dataset), None
             if buckets is not None and not is_training:
@@ -649,7 +682,7 @@ class DiffusionTrainer(SavingTrainer):
     def _prepare_input(self, data):
         # Trainer's version rounds floats to DeepSpeed's dtype, and with them the noise and the targets.
         if isinstance(data, torch.Tensor):
-            return data.to(self.args.device, non_blocking=True)
+            return as_device_has(data, self.args.device).to(self.args.device, non_blocking=True)
         if isinstance(data, Noised):  # scored before, and where it belongs
             return data
         return super()._prepare_input(data)
@@ -734,7 +767,7 @@ class DiffusionTrainer(SavingTrainer):
         Returns:
             The values, and of how many micro-batches they are.
         """
-        if self.args.window == "device" or (self.args.window == "global" and self.args.world_size == 1):
+        if self.args.window == "device":
             return values, 1
         if self.args.window == "step":
             parts = list(self._step_values)
@@ -759,7 +792,7 @@ class DiffusionTrainer(SavingTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.args.window == "step":
+        if self.scores_steps:
             batches = self._score(batches)
         return batches, num_items
 
@@ -903,4 +936,14 @@ class DiffusionTrainer(SavingTrainer):
         if output.predictions is None:
             return output
         predictions, label_ids = self._each_row_once(output.predictions, output.label_ids)
+        loss = next(value for name, value in output.metrics.items() if name.endswith("_loss"))
+        bad = np.flatnonzero(~np.isfinite(predictions).all(axis=1))
+        # NaN is smaller than nothing: no checkpoint would be the best one from there on.
+        if len(bad) or not math.isfinite(loss):
+            first = f", row {bad[0]} the first of them" if len(bad) else ""
+            raise FloatingPointError(
+                f"The evaluation loss at step {self.state.global_step} is {loss}, with errors that are not finite in "
+                f"{len(bad)} of {len(predictions)} rows{first}: if it is all of them lower `learning_rate` or `beta`, "
+                "or set `bf16=True` instead of `fp16=True`; else look at the images of these rows."
+            )
         return output._replace(predictions=predictions, label_ids=label_ids)

@@ -15,10 +15,13 @@ class DiffusionDPOConfig(PreferenceConfig):
     [`PreferenceConfig`], [`DiffusionConfig`] and [`~transformers.TrainingArguments`].
 
     Parameters:
-        beta (`float`, *optional*, defaults to `2000.0`):
-            How strongly the policy is held to the reference, in units of 1 / (mean squared error): the loss is
-            `-log sigmoid(beta / 2 * margin)`, where the margin is a difference of mean errors. The paper uses 2000 for
-            SD 1.5 and 5000 for SDXL. A higher beta stays closer to the reference.
+        beta (`float`, *optional*):
+            How strongly the policy is regularized towards the reference, in units of 1 / (mean squared error): the
+            loss is `-log sigmoid(beta / 2 * margin)`, where the margin is a difference of mean errors. The paper uses
+            2000 for SD 1.5 and 5000 for SDXL. A higher beta stays closer to the reference. Defaults to 2000 for
+            `"sigmoid"` and `"hinge"`. `"ipo"` has no default: there `1 / (2 * beta)` is the margin that the training
+            aims at, and the slope at the start is `1 / beta`, where `"sigmoid"` has `beta / 4` (at 2000: 0.0005
+            instead of 500), see docs/trainers/dpo.md.
         loss_type (`str`, *optional*, defaults to `"sigmoid"`):
             `"sigmoid"`, `"hinge"` or `"ipo"`; the factor 1/2 belongs to `"sigmoid"` only, see [`~losses.dpo_loss`].
         label_smoothing (`float`, *optional*, defaults to `0.0`):
@@ -34,8 +37,11 @@ class DiffusionDPOConfig(PreferenceConfig):
     """
 
     beta: float = field(
-        default=2000.0,
-        metadata={"help": "Strength of the hold to the reference, in units of 1 / (mean squared error); halved."},
+        default=None,  # type: ignore[assignment]  # a number from `__post_init__` on
+        metadata={
+            "help": "Strength of the regularization towards the reference, in units of 1 / (mean squared error); "
+            "halved. Defaults to 2000; with `ipo`, whose target margin is 1 / (2 beta), it must be given."
+        },
     )
     loss_type: Literal["sigmoid", "hinge", "ipo"] = field(default="sigmoid", metadata={"help": "Loss of a margin."})
     label_smoothing: float = field(
@@ -51,6 +57,8 @@ class DiffusionDPOConfig(PreferenceConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        needs_beta = self.beta is None and self.loss_type == "ipo"
+        self.beta = 2000.0 if self.beta is None else self.beta
         self._check_beta("the paper uses 2000 for SD 1.5 and 5000 for SDXL")
         self._check_choices(loss_type=("sigmoid", "hinge", "ipo"))
         if not 0 <= self.label_smoothing < 0.5:
@@ -72,3 +80,8 @@ class DiffusionDPOConfig(PreferenceConfig):
                     f"`winner_guard={self.winner_guard}` supposes a loss that only draws chosen images nearer, found "
                     f"{found}: use `loss_type='sigmoid'` or 'hinge' without smoothing, or set it to None."
                 )
+        if needs_beta:
+            raise ValueError(
+                "`loss_type='ipo'` needs a `beta`, found none: there 1 / (2 * beta) is the margin of mean squared "
+                "errors that the training aims at; set it to 1 / (2 * margin), for example 500 for a margin of 0.001."
+            )

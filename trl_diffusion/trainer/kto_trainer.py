@@ -123,6 +123,10 @@ class DiffusionKTOTrainer(DiffusionTrainer):
 
     # ---- Loss -------------------------------------------------------------------------------------------------------
 
+    @property
+    def scores_steps(self) -> bool:
+        return super().scores_steps and self.args.reference_point != "none"
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         noised, ref_errors = self.frozen_side(model, inputs)
         errors = self.errors(model, noised)
@@ -208,7 +212,9 @@ class DiffusionKTOTrainer(DiffusionTrainer):
         return {
             "method": f"Diffusion-KTO, loss `{args.loss_type}`, utility `{args.utility}`",
             "beta": f"{args.beta:g} on the difference of mean squared errors, without a factor 1/2",
-            "reference point": f"{args.reference_point}, over the {args.window}",
+            "reference point": "none"
+            if args.loss_type == "apo_zero_unpaired" or args.reference_point == "none"
+            else f"{args.reference_point}, over the {args.window}",
             "desirable / undesirable weight": f"{args.desirable_weight:g} / {args.undesirable_weight:g}",
             "share of liked images drawn": args.desirable_ratio
             if args.desirable_ratio is not None

@@ -1,6 +1,7 @@
 """Diffusion-RPO: alignment from pairs, each winner against the losers of related prompts too."""
 
 import textwrap
+import warnings
 from typing import Any
 
 import torch
@@ -11,9 +12,13 @@ from ..data.embeddings import CLIPEmbedder, Embedder, check_embeddings, clip_fin
 from ..data.formats import EMBEDDING_COLUMNS, AnyDataset, check_dataset, check_paired, declare_columns
 from ..hub import public_name
 from ..losses import contrast_weights, rpo_loss
-from .base_trainer import DiffusionTrainer, Noised, rows_per_window
+from .base_trainer import DiffusionTrainer, Noised, rows_per_window, widest_float
 from .metrics import Metrics, gradient_factor, image_metrics, is_chosen, log_ratios_by_noise, metric_means
 from .rpo_config import DiffusionRPOConfig
+
+
+OWN_WEIGHT = 0.5
+"""The mean weight of a winner's own loser below which a warning is given, see docs/trainers/rpo.md."""
 
 
 class DiffusionRPOTrainer(DiffusionTrainer):
@@ -73,7 +78,7 @@ class DiffusionRPOTrainer(DiffusionTrainer):
     args: DiffusionRPOConfig
 
     def __init__(self, *args, embedder: Embedder | None = None, **kwargs):
-        self._embedder, self._has_own_embedder = embedder, embedder is not None
+        self._embedder, self._has_own_embedder, self._warned = embedder, embedder is not None, False
         super().__init__(*args, **kwargs)
         self._embedder = None
 
@@ -114,6 +119,15 @@ class DiffusionRPOTrainer(DiffusionTrainer):
                 "set to the trainer's constructor, or embed it with `trl_diffusion.data.embed_pairs`."
             )
         return embed_pairs(dataset, self._embedder)
+
+    def _check_training_stream(self, args: DiffusionRPOConfig) -> None:
+        super()._check_training_stream(args)
+        if args.dataloader_drop_last and args.world_size * args.per_device_train_batch_size < 2:
+            raise ValueError(
+                "With `dataloader_drop_last=True` the last step of a stream may have a single pair, which makes no "
+                "contrast set, found per_device_train_batch_size=1 on one rank: raise it to at least 2, or set "
+                "`dataloader_drop_last=False`, which fills the step up."
+            )
 
     def check_batch_size(self, args: DiffusionRPOConfig) -> None:
         if rows_per_window(args) < 2:
@@ -170,8 +184,8 @@ class DiffusionRPOTrainer(DiffusionTrainer):
         Args:
             pairs (`torch.Tensor` of shape `(pairs, 3 + 2 x dim)`): See [`window_values`].
         """
-        # In float64 (which MPS lacks), so that rows sum to 1 and the loss at step 0 is log 2 to the last digit.
-        pairs = pairs if pairs.device.type == "mps" else pairs.double()
+        # In float64, so that rows sum to 1 and the loss at step 0 is log 2 to the last digit.
+        pairs = pairs.to(widest_float(pairs.device))
         # Only the log-ratios depend on the model.
         log_ratios, row_weights, embeddings = pairs[:, :2].T, pairs[:, 2].detach(), pairs[:, 3:].detach()
         weights = contrast_weights(
@@ -197,6 +211,23 @@ class DiffusionRPOTrainer(DiffusionTrainer):
         }
 
     # ---- Metrics ----------------------------------------------------------------------------------------------------
+
+    def training_metrics(self, means: dict[str, float]) -> dict[str, float]:
+        share = means.get("contrast/diagonal_weight", 1.0)
+        if (
+            share < OWN_WEIGHT
+            and self.args.diagonal == "include"
+            and not self._warned
+            and self.is_world_process_zero()
+        ):
+            self._warned = True
+            warnings.warn(
+                f"A winner's own loser has {share:.2g} of the weight on average in windows of {self.rows_per_window} "
+                f"pairs, and the losers of other pairs outweigh it: set `diagonal=0.8`, which keeps its weight in a "
+                "window of any size, lower `temperature`, or choose a smaller `window`.",
+                stacklevel=2,
+            )
+        return super().training_metrics(means)
 
     def evaluation_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Contrast sets are cut from the evaluation set in its order, as large as in training."""
