@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup lint test fast demo docs
+.PHONY: setup lint test test-all fast demo docs
 setup: $(VENV)/.installed
 
 # One stamp for the environment: it is made anew when a requirement changes.
@@ -21,6 +21,10 @@ lint: setup
 # Two workers of one thread each; a file stays with one worker, because some share what was slow to make.
 test: lint
 	env -u CI OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The full product of engines, methods, modes and splits too.
+test-all: lint
+	env -u CI OMP_NUM_THREADS=1 TRL_DIFFUSION_TEST_ALL=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 fast: lint
 	env -u CI OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"

@@ -47,6 +47,20 @@ VARIANTS: dict[str, dict] = {
     "sft lora": {"method": "sft", "lora": True, "learning_rate": 3.0, "max_grad_norm": 0.01},
 }
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+METHODS = [name for name in VARIANTS if not name.endswith("lora")]
+# `make test-all` runs the whole product; otherwise each engine trains each method once, such that every pair of an engine,
+# a method, a mode (full, LoRA) and a number of accumulated batches occurs.
+ALL = os.environ.get("TRL_DIFFUSION_TEST_ALL") == "1"
+SPLITS = [
+    (engine, method + " lora" * lora, split + 1)
+    for e, engine in enumerate(ENGINES)
+    for m, method in enumerate(METHODS)
+    for lora in (0, 1)
+    for split in (0, 1)
+    if ALL or (lora, split) == ((m + e) % 2, (m // 2 + e // 2) % 2)
+]
+ACCUMULATED = [*VARIANTS] if ALL else ["kto", "rpo lora", "dpo", "sft lora"]
+BF16_ENGINES = [*ENGINES] if ALL else ["ddp", "zero3", "fsdp2"]
 BF16 = {**VARIANTS["dpo"], "bf16": True}
 ONCE = {"cache_features": True, "precompute_ref_log_probs": True}
 # The draws that it has for two steps an epoch.
@@ -67,6 +81,13 @@ STATEFUL: dict[str, dict] = {
         **ADAM,
     },
 }
+# Where weights are sharded, both; otherwise one for each engine.
+STATES = [
+    (engine, name)
+    for e, engine in enumerate(ENGINES)
+    for i, name in enumerate(STATEFUL)
+    if ALL or engine in ("zero3", "fsdp2") or i == e % 2
+]
 
 
 def launch(jobs: list[dict], folder: Path) -> list[bool]:
@@ -135,18 +156,22 @@ def trained(tmp_path_factory):
     if find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
     folder = tmp_path_factory.mktemp("engines")
-    runs = [run(folder, f"one {name} 1x{n}", 1, n, **options) for name, options in VARIANTS.items() for n in (1, 2)]
+    runs = [run(folder, f"one {name} 1x1", 1, **options) for name, options in VARIANTS.items()]
+    runs += [run(folder, f"one {name} 1x2", 1, 2, **VARIANTS[name]) for name in ACCUMULATED]
     runs += [run(folder, f"one {name}", 1, **options) for name, options in STATEFUL.items()]
     runs += [run(folder, "one bf16", 1, **BF16), run(folder, "one bf16 once", 1, **BF16, **ONCE)]
     runs += [run(folder, "one bf16 drawn", 1, **BF16, **DRAWN)]
     runs += [run(folder, "one dpo drawn", 1, **VARIANTS["dpo"], **DRAWN)]
     jobs = [{"engine": "ddp", "ranks": 1, "runs": runs}]
     for engine in ENGINES:
-        runs = [run(folder, f"{engine} {name} 2x{n}", 2, n, **VARIANTS[name]) for name in VARIANTS for n in (1, 2)]
-        runs.append(run(folder, f"{engine} bf16", 2, **BF16))
+        splits = [(name, n) for of_engine, name, n in SPLITS if of_engine == engine]
+        runs = [run(folder, f"{engine} {name} 2x{n}", 2, n, **VARIANTS[name]) for name, n in splits]
+        if engine in BF16_ENGINES:
+            runs.append(run(folder, f"{engine} bf16", 2, **BF16))
         if engine in ("zero3", "fsdp2"):
             runs.append(run(folder, f"{engine} dpo once", 2, **VARIANTS["dpo"], **ONCE))
-        for name, options in STATEFUL.items():
+        for name in [name for of_engine, name in STATES if of_engine == engine]:
+            options = STATEFUL[name]
             # "auto" has ZeRO-3 keep small parameters whole.
             options = options | ({"engine": "zero3 auto"} if (engine, name) == ("zero3", "stateful") else {})
             runs.append(run(folder, f"{engine} {name}", 2, **options))
@@ -165,7 +190,7 @@ def trained(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ACCUMULATED)
 def test_accumulation_on_one_process(trained, variant):
     assert len(set(losses(trained / f"one {variant} 1x1"))) == 6
     assert_same_training(trained / f"one {variant} 1x1", trained / f"one {variant} 1x2")
@@ -173,9 +198,7 @@ def test_accumulation_on_one_process(trained, variant):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("engine", "variant", "accumulation"), SPLITS)
 def test_two_ranks_train_as_one_process_does(trained, engine, variant, accumulation):
     """2 x 4, and 2 x 2 accumulated twice, against 1 x 8."""
     assert_same_training(trained / f"one {variant} 1x1", trained / f"{engine} {variant} 2x{accumulation}")
@@ -187,15 +210,15 @@ def test_weights_lie_where_the_engine_has_them(trained, engine):
     """Else the test above would prove nothing. Frozen encoders are left alone."""
     expected = {"ddp": "MULTI_CPU", "fsdp2": "FSDP"}.get(engine, "DEEPSPEED")
     where = engine if engine in ("zero3", "fsdp2") else "whole"
-    for variant in VARIANTS:
-        found = result(trained / f"{engine} {variant} 2x2")
+    for variant, n in [(variant, n) for of_engine, variant, n in SPLITS if of_engine == engine]:
+        found = result(trained / f"{engine} {variant} 2x{n}")
         assert (found["engine"], found["policy"], found["frozen"]) == (expected, where, "whole")
         assert found.get("reference", where) == where
         assert ("reference" in found) == (variant in ("kto", "rpo", "dpo"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["one", *ENGINES])
+@pytest.mark.parametrize("engine", ["one", *BF16_ENGINES])
 def test_half_precision_is_for_computing_only(trained, engine):
     """The weights stay float32; policy and reference are rounded alike and start with equal errors."""
     found, exact = trained / f"{engine} bf16", trained / "one dpo 1x1"
@@ -220,8 +243,7 @@ def test_what_is_computed_before_is_the_same(trained, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STATEFUL)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("engine", "name"), STATES)
 def test_resume_is_exact(trained, engine, name):
     """Optimizer, moving reference and moving average go on as if nothing had been."""
     once, again = trained / f"{engine} {name}", trained / f"{engine} {name} again"
@@ -242,8 +264,7 @@ def test_resume_is_exact(trained, engine, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STATEFUL)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("engine", "name"), STATES)
 def test_the_same_files_are_saved(trained, engine, name):
     def saved(root: Path) -> set[str]:
         # How an engine keeps its own state is its own affair.
@@ -254,16 +275,15 @@ def test_the_same_files_are_saved(trained, engine, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["one", *ENGINES])
-def test_the_average_is_exported_on_request(trained, engine):
+@pytest.mark.parametrize(("engine", "name"), [*(("one", name) for name in STATEFUL), *STATES])
+def test_the_average_is_exported_on_request(trained, engine, name):
     """`ema_export` is set in the run with the adapter only."""
-    averaged, last = trained / f"{engine} stateful lora", trained / f"{engine} stateful"
-    assert_same_weights(averaged / "checkpoint-6" / "ema", averaged, atol=0)
-    assert_same_weights(last / "checkpoint-6", last, atol=0)
+    exported = "checkpoint-6/ema" if name == "stateful lora" else "checkpoint-6"
+    assert_same_weights(trained / f"{engine} {name}" / exported, trained / f"{engine} {name}", atol=0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [engine for engine, name in STATES if name == "stateful lora"])
 def test_every_engine_draws(trained, engine):
     """Before the first step, where the policy is the start, and at the end with the average of the weights."""
     for step in (0, 6):
