@@ -24,7 +24,9 @@ from trl_diffusion.cli.data import make_parser as make_data_parser
 from trl_diffusion.cli.data import policies_of
 from trl_diffusion.cli.launch import Launch
 from trl_diffusion.cli.rank import LAUNCHER
+from trl_diffusion.losses import contrast_weights
 from trl_diffusion.trainer.base_trainer import DiffusionTrainer
+from trl_diffusion.trainer.rpo_trainer import OWN_WEIGHT
 
 
 ROOT = Path(__file__).parents[1]
@@ -94,6 +96,27 @@ def test_commands_of_the_comments(name):
     first = make_data_parser().parse_args(converted[0][2:])
     written = first.output_dir if first.command == "convert" else first.dataset_name
     assert str(written) == options["dataset_name"]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in RECIPES if name.startswith(("sd15_", "sdxl_")) and "lora" not in name]
+)
+def test_what_the_authors_do_to_images_and_weights(name):
+    """Diffusion-DPO's code and Diffusion-KTO's script mirror half of the images and have a weight decay of 0.01."""
+    options = yaml.safe_load(RECIPES[name].read_text())
+    assert options["random_flip"] is True
+    assert options["weight_decay"] == 0.01
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "rpo" in name])
+def test_a_winners_own_loser_keeps_its_weight(name):
+    """However many pairs the window of the recipe has."""
+    options = yaml.safe_load(RECIPES[name].read_text())
+    pairs = options["per_device_train_batch_size"] * options.get("num_processes", 1)
+    pairs *= options["gradient_accumulation_steps"] if options["window"] == "step" else 1
+    embeddings = torch.randn(2, pairs, 16, generator=torch.Generator().manual_seed(0))
+    weights = contrast_weights(*embeddings, temperature=options["temperature"], diagonal=options["diagonal"])
+    assert weights.diagonal().mean().item() >= OWN_WEIGHT
 
 
 @EVERY_RECIPE

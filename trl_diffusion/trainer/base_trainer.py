@@ -936,7 +936,7 @@ class DiffusionTrainer(SavingTrainer):
         if output.predictions is None:
             return output
         predictions, label_ids = self._each_row_once(output.predictions, output.label_ids)
-        loss = next(value for name, value in output.metrics.items() if name.endswith("_loss"))
+        loss = output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"]
         bad = np.flatnonzero(~np.isfinite(predictions).all(axis=1))
         # NaN is smaller than nothing: no checkpoint would be the best one from there on.
         if len(bad) or not math.isfinite(loss):
