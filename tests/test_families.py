@@ -1195,6 +1195,14 @@ def test_parts_that_are_given_replace_those_of_the_files(tmp_path, no_weights):
         resolve_model(str(tmp_path), model_init_kwargs={"vae": None})
 
 
+def test_classes_from_elsewhere_are_left_to_the_loading(tmp_path, no_weights):
+    save_configs(tiny.tiny_stable_diffusion_xl(), tmp_path)
+    for part in ("unet", "vae", "scheduler"):
+        edit(tmp_path / "model_index.json", **{part: ["mine", "Mine"]})
+        with pytest.raises(LoadsWeightsError):
+            resolve_model(str(tmp_path))
+
+
 def test_of_a_hub_id_only_configuration_files_are_read(tmp_path, no_weights, monkeypatch):
     save_configs(tiny.tiny_stable_diffusion_xl(), tmp_path)
     read = []
