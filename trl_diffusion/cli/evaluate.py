@@ -126,7 +126,7 @@ def compare_errors(args: argparse.Namespace) -> None:
             str(args.output_dir),
             beta=1.0,
             seed=args.seed,
-            resolution=args.resolution and show_size(args.resolution),
+            resolution=None if args.resolution is None else [show_size(args.resolution)],
             per_device_train_batch_size=max(2, args.batch_size),
             per_device_eval_batch_size=args.batch_size,
             bf16=args.dtype == "bfloat16",
@@ -163,12 +163,12 @@ def compare_errors(args: argparse.Namespace) -> None:
         "bins": [part and part._asdict() for part in result.bins],
     }
     about = {name: record[name] for name in ("model", "baseline", "dataset")}
-    folder = report_folder(args.output_dir, "implicit.json", about)
-    with written_whole(folder) as staging:
+    target = report_folder(args.output_dir, "implicit.json", about)
+    with written_whole(target) as staging:
         (staging / "implicit.json").write_text(json.dumps(record, indent=1) + "\n")
         (staging / "implicit.md").write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
-    print(f"implicit.json and implicit.md written to {folder}.")
+    print(f"implicit.json and implicit.md written to {target}.")
 
 
 def as_share(found: WinRate | None) -> str:
@@ -229,10 +229,10 @@ def compare_images(args: argparse.Namespace) -> None:
         lambda prompt, seed: (folders["policy"].load(prompt, seed), folders["baseline"].load(prompt, seed)),
     )
     about = {"model": evaluation.model, "baseline": evaluation.baseline, "settings": settings}
-    folder = report_folder(args.output_dir, "report.json", about)
-    with written_whole(folder) as staging:
+    target = report_folder(args.output_dir, "report.json", about)
+    with written_whole(target) as staging:
         (staging / "report.json").write_text(json.dumps(as_json(evaluation, comparisons), indent=1) + "\n")
         (staging / "report.md").write_text(table, encoding="utf-8")
         (staging / "report.html").write_text(page, encoding="utf-8")
     print(table)
-    print(f"report.json, report.md and report.html written to {folder}.")
+    print(f"report.json, report.md and report.html written to {target}.")
