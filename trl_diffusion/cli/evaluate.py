@@ -21,12 +21,12 @@ from ..evaluation.prompts import read_prompts
 from ..evaluation.report import Evaluation, as_html, as_json, as_markdown, report_folder
 from ..evaluation.win_rate import WinRate
 from ..export import load_merged
-from ..families import family_of
+from ..families import check_before_loading, family_of
 from ..files import written_whole
 from ..hub import load_trained
 from ..rewards import SCORERS, load_scorer, score_images, scorer_names
 from ..rewards.base import default_device
-from .generate import check_resolution, image_size
+from .generate import check_resolution, image_size, pipeline_name
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -117,6 +117,9 @@ def compare_errors(args: argparse.Namespace) -> None:
     config_class, trainer_class = (
         (DiffusionKTOConfig, DiffusionKTOTrainer) if single else (DiffusionDPOConfig, DiffusionDPOTrainer)
     )
+    for model in (args.model_name_or_path, args.baseline_name_or_path):
+        if not os.path.isfile(model):
+            check_before_loading(pipeline_name(model))
     device = default_device()
     trainer = trainer_class(
         model=load_merged(args.model_name_or_path, dtype="float32"),

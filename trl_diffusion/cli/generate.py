@@ -46,6 +46,14 @@ def image_size(text: str) -> Size:
     return size
 
 
+def pipeline_name(model: str, base_model: str | None = None) -> str:
+    """The Hub id or folder of the pipeline behind a model: of an adapter its base, or `base_model` instead of it."""
+    adapter = Path(model) / "adapter_config.json"
+    if not adapter.is_file():
+        return model
+    return base_model or json.loads(adapter.read_text())["base_model_name_or_path"]
+
+
 def check_resolution(size: Size | None, model: str, base_model: str | None = None) -> None:
     """
     Checks that a model generates images of a size, before its weights are loaded.
@@ -60,10 +68,7 @@ def check_resolution(size: Size | None, model: str, base_model: str | None = Non
     """
     if size is None or os.path.isfile(model):
         return
-    adapter = Path(model) / "adapter_config.json"
-    if adapter.is_file():
-        model = base_model or json.loads(adapter.read_text())["base_model_name_or_path"]
-    found = size_multiple(model)
+    found = size_multiple(pipeline_name(model, base_model))
     if found is not None:
         check_size(size, *found)
 
