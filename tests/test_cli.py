@@ -441,7 +441,7 @@ def test_generate_refuses_what_is_no_size(outputs, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         generate(outputs["base"], tmp_path, "--prompts", "a dog", "--resolution", "8x")
     assert error.value.code == 2
-    assert "Found resolution='8x', expected a side such as 512, 'HEIGHTxWIDTH'" in capsys.readouterr().err
+    assert "--resolution: found '8x', expected SIDE such as 512, or HEIGHTxWIDTH" in capsys.readouterr().err
 
 
 def test_generate_guides_qwen_image(tmp_path):

@@ -433,18 +433,18 @@ VERDICTS = {
     "most prompts worse": (
         [0.0] * 18 + [2.0] * 2,
         [1.0] * MANY,
-        r"^x: the policy scores lower than the baseline \(win rate 10.0%, 95 % interval [0-9.]+% to 30.\d%\)\.$",
+        r"^x: the policy scores lower than the baseline \(win rate 10 %, 95 % interval [0-9.]+ % to 30.1 %\)\.$",
     ),
-    "even": ([0.0, 2.0] * 10, [1.0] * MANY, r"^x: no clear difference \(win rate 50.0%, .* which includes 50 %\)\.$"),
+    "even": ([0.0, 2.0] * 10, [1.0] * MANY, r"^x: no clear difference \(win rate 50 %, .* which includes 50 %\)\.$"),
     "too few prompts": (
         [2.0] * 2,
         [1.0] * 2,
-        r"^x: no clear difference \(win rate 100.0%, 95 % interval 34.2% to 100.0%, which includes 50 %\)\.$",
+        r"^x: no clear difference \(win rate 100 %, 95 % interval 34.2 % to 100 %, which includes 50 %\)\.$",
     ),
     "a few large gains": (
         [0.9] * 7 + [12.0],
         [1.0] * 8,
-        r"^x: the policy scores lower .*win rate 12.5%.*; the mean difference of \+1.288 comes from larger gains "
+        r"^x: the policy scores lower .*win rate 12.5 %.*; the mean difference of \+1.288 comes from larger gains "
         r"and not from more of them \(median difference -0.1\)\.$",
     ),
     "a few large losses": (
@@ -452,7 +452,7 @@ VERDICTS = {
         [1.0] * 16,
         r"^x: the policy scores higher .*; the mean difference of -1.219 comes from larger losses",
     ),
-    "ties": ([1.0] * MANY, [1.0] * MANY, r"^x: no clear difference \(win rate 50.0%, .*50 %\)\.$"),
+    "ties": ([1.0] * MANY, [1.0] * MANY, r"^x: no clear difference \(win rate 50 %, .*50 %\)\.$"),
 }
 
 

@@ -52,6 +52,7 @@ from tests.methods import METHODS, make_trainer
 from trl_diffusion import DiffusionSFTConfig, families
 from trl_diffusion.callbacks import sample_rows
 from trl_diffusion.card import model_card
+from trl_diffusion.cli import main
 from trl_diffusion.data.draws import Draws, ExampleKey
 from trl_diffusion.data.images import ImageTransform
 from trl_diffusion.export import export_lora, export_merged, load_merged
@@ -1179,6 +1180,25 @@ def test_configuration_files_are_enough_to_refuse(tmp_path, no_weights, name):
         refused(index, r"is_distilled=True", is_distilled=True)
 
 
+@pytest.mark.parametrize("command", ["bench", "evaluate", "evaluate an adapter"])
+def test_commands_that_train_check_before_they_load(tmp_path, no_weights, command):
+    save_configs(tiny.tiny_stable_diffusion(), tmp_path / "model")
+    edit(tmp_path / "model" / "model_index.json", _class_name="KandinskyPipeline")
+    model = str(tmp_path / "model")
+    options = ["--model_name_or_path", model]
+    if command.startswith("evaluate"):
+        (tmp_path / "data").mkdir()
+        pairs(2).to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
+        data = ["--dataset_name", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")]
+        options += ["--baseline_name_or_path", model, *data]
+    if command.endswith("adapter"):
+        (tmp_path / "adapter").mkdir()
+        LoraConfig(base_model_name_or_path=model).save_pretrained(tmp_path / "adapter")
+        options[1] = str(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"class KandinskyPipeline, which no family handles"):
+        main([command.split()[0], *options])
+
+
 def test_parts_that_are_given_replace_those_of_the_files(tmp_path, no_weights):
     save_configs(tiny.tiny_stable_diffusion(), tmp_path)
     edit(
@@ -1193,6 +1213,14 @@ def test_parts_that_are_given_replace_those_of_the_files(tmp_path, no_weights):
         resolve_model(str(tmp_path), model_init_kwargs={"vae": given["vae"]})
     with pytest.raises(ValueError, match=r"without vae"):
         resolve_model(str(tmp_path), model_init_kwargs={"vae": None})
+
+
+def test_classes_from_elsewhere_are_left_to_the_loading(tmp_path, no_weights):
+    save_configs(tiny.tiny_stable_diffusion_xl(), tmp_path)
+    for part in ("unet", "vae", "scheduler"):
+        edit(tmp_path / "model_index.json", **{part: ["mine", "Mine"]})
+        with pytest.raises(LoadsWeightsError):
+            resolve_model(str(tmp_path))
 
 
 def test_of_a_hub_id_only_configuration_files_are_read(tmp_path, no_weights, monkeypatch):

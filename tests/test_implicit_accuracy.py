@@ -202,7 +202,8 @@ def test_command_with_labels(tmp_path, sd_folder):
     assert "images on their side of the reference point" in first
     # Another policy does not overwrite it.
     shutil.copytree(sd_folder, tmp_path / "second" / "model")
-    main(options(str(tmp_path / "second" / "model"), sd_folder, str(tmp_path / "data"), tmp_path / "out"))
+    second = options(str(tmp_path / "second" / "model"), sd_folder, str(tmp_path / "data"), tmp_path / "out")
+    main([*second, "--resolution", "8x16"])
     assert (tmp_path / "out" / "implicit.md").read_text() == first
     assert (tmp_path / "out" / "second-model" / "implicit.md").exists()
 

@@ -17,7 +17,7 @@ from ..bench.estimate import as_markdown, estimate, published_models
 from ..bench.measure import as_text, measure, synthetic_data
 from ..bench.pipelines import RANDOM, random_pipeline
 from ..bench.turns import compare, comparison_as_text
-from ..families import family_of, load_pipeline
+from ..families import check_before_loading, family_of, load_pipeline
 from .arguments import ModelArguments
 from .errors import Parser, check_output_file, positive_int
 from .inputs import ConfigParser, check_model
@@ -149,6 +149,7 @@ def make_trainer(argv: list[str], folder: str, max_steps: int):
     else:
         check_model(pipeline)
         config.model_init_kwargs = model.init_kwargs() | (config.model_init_kwargs or {})
+        check_before_loading(pipeline, **config.model_init_kwargs)
         pipeline = load_pipeline(pipeline, **config.model_init_kwargs)
         config.model_init_kwargs = None
     side = config.resolution if isinstance(config.resolution, int) else family_of(pipeline).default_resolution()

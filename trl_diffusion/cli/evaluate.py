@@ -22,13 +22,13 @@ from ..evaluation.prompts import read_prompts
 from ..evaluation.report import Evaluation, as_html, as_json, as_markdown, report_folder
 from ..evaluation.win_rate import WinRate
 from ..export import load_merged
-from ..families import family_of
+from ..families import check_before_loading, family_of
 from ..files import written_whole
 from ..hub import is_adapter, load_trained
 from ..rewards import SCORERS, load_scorer, score_images, scorer_names
 from ..rewards.base import default_device
 from .errors import Parser, check_output_dir, non_negative_float, positive_int, seed_number
-from .generate import check_resolution, image_size
+from .generate import check_resolution, image_size, pipeline_name
 from .inputs import check_model, load_data, looks_like_a_path
 
 
@@ -152,8 +152,11 @@ def compare_errors(args: argparse.Namespace) -> None:
         (DiffusionKTOConfig, DiffusionKTOTrainer) if single else (DiffusionDPOConfig, DiffusionDPOTrainer)
     )
     check_dataset(dataset, trainer_class.columns, f"data set {args.dataset_name!r}")  # before models are loaded
-    device = default_device()
     policy, baseline = args.model_name_or_path, args.baseline_name_or_path
+    for model in (policy, baseline):
+        if not os.path.isfile(model):
+            check_before_loading(pipeline_name(model, base_of(args, model)))
+    device = default_device()
     trainer = trainer_class(
         model=load_merged(policy, base_of(args, policy), dtype="float32"),
         ref_model=family_of(load_merged(baseline, base_of(args, baseline), dtype="float32")).denoiser,
@@ -162,7 +165,7 @@ def compare_errors(args: argparse.Namespace) -> None:
             str(args.output_dir),
             beta=1.0,
             seed=args.seed,
-            resolution=args.resolution and show_size(args.resolution),
+            resolution=None if args.resolution is None else [show_size(args.resolution)],
             per_device_train_batch_size=max(2, args.batch_size),
             per_device_eval_batch_size=args.batch_size,
             bf16=args.dtype == "bfloat16",
@@ -199,12 +202,12 @@ def compare_errors(args: argparse.Namespace) -> None:
         "bins": [part and part._asdict() for part in result.bins],
     }
     about = {name: record[name] for name in ("model", "baseline", "dataset")}
-    folder = report_folder(args.output_dir, "implicit.json", about)
-    with written_whole(folder) as staging:
+    target = report_folder(args.output_dir, "implicit.json", about)
+    with written_whole(target) as staging:
         (staging / "implicit.json").write_text(json.dumps(record, indent=1) + "\n")
         (staging / "implicit.md").write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
-    print(f"implicit.json and implicit.md written to {folder}.")
+    print(f"implicit.json and implicit.md written to {target}.")
 
 
 def as_share(found: WinRate | None) -> str:
@@ -266,10 +269,10 @@ def compare_images(args: argparse.Namespace) -> None:
         lambda prompt, seed: (folders["policy"].load(prompt, seed), folders["baseline"].load(prompt, seed)),
     )
     about = {"model": evaluation.model, "baseline": evaluation.baseline, "settings": settings}
-    folder = report_folder(args.output_dir, "report.json", about)
-    with written_whole(folder) as staging:
+    target = report_folder(args.output_dir, "report.json", about)
+    with written_whole(target) as staging:
         (staging / "report.json").write_text(json.dumps(as_json(evaluation, comparisons), indent=1) + "\n")
         (staging / "report.md").write_text(table, encoding="utf-8")
         (staging / "report.html").write_text(page, encoding="utf-8")
     print(table)
-    print(f"report.json, report.md and report.html written to {folder}.")
+    print(f"report.json, report.md and report.html written to {target}.")

@@ -46,9 +46,19 @@ def image_size(text: str) -> Size:
     """An option's type: `512` or `832x1216`, height before width."""
     try:
         (size,) = parse_sizes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"found {text!r}, expected SIDE such as 512, or HEIGHTxWIDTH such as 832x1216"
+        ) from None
     return size
+
+
+def pipeline_name(model: str, base_model: str | None = None) -> str:
+    """The Hub id or folder of the pipeline behind a model: of an adapter its base, or `base_model` instead of it."""
+    adapter = Path(model) / "adapter_config.json"
+    if not adapter.is_file():
+        return model
+    return base_model or json.loads(adapter.read_text())["base_model_name_or_path"]
 
 
 def check_resolution(size: Size | None, model: str, base_model: str | None = None) -> None:
@@ -65,10 +75,7 @@ def check_resolution(size: Size | None, model: str, base_model: str | None = Non
     """
     if size is None or os.path.isfile(model):
         return
-    adapter = Path(model) / "adapter_config.json"
-    if adapter.is_file():
-        model = base_model or json.loads(adapter.read_text())["base_model_name_or_path"]
-    found = size_multiple(model)
+    found = size_multiple(pipeline_name(model, base_model))
     if found is not None:
         check_size(size, *found)
 

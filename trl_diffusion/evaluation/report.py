@@ -123,7 +123,7 @@ def verdict(name: str, comparison: Comparison, wilson: WinRate) -> str:
     """
     rate, difference = comparison.win_rate, comparison.difference
     low, high = min(rate.low, wilson.low), max(rate.high, wilson.high)
-    found = f"win rate {rate.value:.1%}, 95 % interval {low:.1%} to {high:.1%}"
+    found = f"win rate {100 * rate.value:.3g} %, 95 % interval {100 * low:.3g} % to {100 * high:.3g} %"
     if low > 0.5:
         sentence = f"{name}: the policy scores higher than the baseline ({found})"
     elif high < 0.5:
@@ -193,7 +193,7 @@ def pick_pairs(scores: Scores, baseline_scores: Scores, count: int, seed: int = 
     gains = np.asarray(scores, dtype=np.float64) - np.asarray(baseline_scores, dtype=np.float64)
     random = np.random.default_rng(seed)
     best, worst, order = gains.max(axis=1), gains.min(axis=1), random.permutation(len(gains))
-    kinds = {
+    kinds: dict[str, tuple[np.ndarray, Any]] = {
         "largest gains": (gains.argmax(axis=1), [i for i in np.argsort(-best, kind="stable") if best[i] > 0]),
         "largest losses": (gains.argmin(axis=1), [i for i in np.argsort(worst, kind="stable") if worst[i] < 0]),
         "random": (random.integers(gains.shape[1], size=len(gains)), order),

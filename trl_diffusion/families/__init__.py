@@ -140,14 +140,13 @@ def check_before_loading(model: str, **kwargs: Any) -> None:
         )
 
     def config_of(name: str) -> Any:
-        if name in kwargs:
-            return kwargs[name].config
-        return {} if parts[name] is object else parts[name].load_config(model, subfolder=name, **which)
+        return kwargs[name].config if name in kwargs else parts[name].load_config(model, subfolder=name, **which)
 
-    configs = {name: config_of(name) for name in (family.denoiser_name, "vae", "scheduler")}
-    family.check_configs({**index, **kwargs}, configs[family.denoiser_name], configs["vae"])
+    # `object` is a class from elsewhere, whose configuration is seen when it is loaded.
+    if denoiser is not object and parts["vae"] is not object:
+        family.check_configs({**index, **kwargs}, config_of(family.denoiser_name), config_of("vae"))
     if parts["scheduler"] is not object:
-        scheduler = kwargs.get("scheduler") or parts["scheduler"].from_config(configs["scheduler"])
+        scheduler = kwargs.get("scheduler") or parts["scheduler"].from_config(config_of("scheduler"))
         pipeline: Any = SimpleNamespace(scheduler=scheduler)
         family(pipeline).check_scheduler()
 
