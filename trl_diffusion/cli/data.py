@@ -10,7 +10,7 @@ from datasets import load_dataset
 from ..data import converters
 from ..data.formats import AnyDataset
 from ..data.inspection import PROBLEMS, DataReport, inspect_dataset, write_parquet
-from .errors import Parser, check_output_dir, data_file, non_negative_int
+from .errors import Parser, check_data_file, check_output_dir, non_negative_int
 from .inputs import load_data, reading
 
 
@@ -71,7 +71,7 @@ def _scores_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _webdataset_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--files", nargs="+", type=data_file, required=True, help="tar files")
+    parser.add_argument("--files", nargs="+", required=True, help="tar files")
     parser.add_argument("--prompt", default="txt", help="field of the prompts (txt)")
     parser.add_argument("--image", default="jpg", help="field of the images (jpg)")
     parser.add_argument("--label", default="cls", help="field of the labels (cls)")
@@ -202,6 +202,8 @@ def describe(report: DataReport, counts: dict[str, int]) -> str:
 def run(argv: list[str]) -> None:
     """Streams: neither command needs more memory for more rows than some dozen bytes each."""
     args = make_parser().parse_args(argv)
+    for file in getattr(args, "files", ()):
+        check_data_file(file)
     if args.command == "convert":
         check_output_dir(args.output_dir)
     with reading(" and ".join(str(value) for name, value in vars(args).items() if value and name in _SOURCES)):
