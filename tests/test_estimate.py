@@ -2,10 +2,13 @@
 
 import copy
 import functools
+import re
 from contextlib import nullcontext
 
 import pytest
 import torch
+import yaml
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
@@ -274,3 +277,131 @@ def test_the_command(monkeypatch, capsys):
 def test_four_bits_are_not_trained():
     with pytest.raises(ValueError, match=r"Found `four_bit` without `lora_rank`.*set a rank"):
         Mode(four_bit=True)
+
+
+# ---- Several devices, other sizes, a training's options -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("engine", "expected"),
+    [
+        ("none", (800, 80, 160, 800)),
+        ("zero1", (800, 80, 54, 800)),
+        ("zero2", (800, 27, 54, 800)),
+        ("zero3", (267, 27, 54, 267)),
+        ("fsdp", (267, 27, 54, 267)),
+    ],
+)
+def test_three_devices_share_what_the_engine_shards(engine, expected):
+    """By hand, rounded up; encoders and activations are each device's."""
+    memory = bench.Memory(
+        weights=800, gradients=80, optimizer=160, reference=800, encoders=7, activations=5, checkpointed=3
+    ).per_device(engine, 3)
+    assert (memory.weights, memory.gradients, memory.optimizer, memory.reference) == expected
+    assert (memory.encoders, memory.activations, memory.checkpointed) == (7, 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("engine", "bytes_per_parameter"),
+    [("none", 20), ("zero1", 12 + 8 / 8), ("zero2", 8 + 12 / 8), ("zero3", 20 / 8), ("fsdp", 20 / 8)],
+)
+def test_full_fine_tuning_takes_what_the_scaling_guide_says(engine, bytes_per_parameter):
+    found = estimate(published("sd"), modes=[Mode()], engine=engine, num_processes=8)
+    memory = found.memory[Mode()]
+    total = memory.weights + memory.gradients + memory.optimizer + memory.reference
+    assert total == pytest.approx(bytes_per_parameter * found.parameters, abs=8)
+
+
+def test_inputs_of_the_published_models():
+    """At the default size what the pipelines give the denoiser; at another size only the images' inputs change."""
+    with FakeTensorMode():
+        shapes = {
+            name: {key: tuple(value.shape) for key, value in inputs_of(model, 2).items() if hasattr(value, "shape")}
+            for name, model in published_models().items()
+        }
+        small = inputs_of(bench.at_resolution(published_models()["flux-dev"], 512), 2)
+    assert shapes["sd15"]["sample"] == (2, 4, 64, 64)
+    assert shapes["sdxl"]["sample"] == (2, 4, 128, 128)
+    assert shapes["sd35-medium"]["hidden_states"] == (2, 16, 128, 128)
+    assert shapes["flux-dev"]["hidden_states"] == (2, 4096, 64)
+    assert shapes["flux-dev"]["img_ids"] == (4096, 3)
+    changed = {
+        key: tuple(value.shape) for key, value in small.items() if tuple(value.shape) != shapes["flux-dev"][key]
+    }
+    assert changed == {"hidden_states": (2, 1024, 64), "img_ids": (1024, 3)}
+
+
+@pytest.mark.parametrize("resolution", [0, 32, 100])
+def test_sizes_that_no_model_takes(resolution):
+    with pytest.raises(ValueError, match=f"Found resolution={resolution}, expected a multiple of 16 from 64 on"):
+        bench.at_resolution(published("sd"), resolution)
+
+
+GIB = 2**30
+RECIPE = {
+    "model_name_or_path": "some/one",
+    "dataset_name": "x",
+    "output_dir": "x",
+    "per_device_train_batch_size": 3,
+    "resolution": 512,
+    "bf16": False,
+    "accelerate_config": "zero2",
+    "num_processes": 4,
+    "gradient_checkpointing": False,
+    "ema_decay": 0.9,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "mode", "batch_size", "processes", "expected"),
+    [
+        # Weights, a quarter of gradients and optimizer, the reference, encoders, activations, the average.
+        ({}, [], Mode(), 3, 4, 40 + 10 + 20 + 40 + 5 + 7 + 40),
+        ({}, ["--method", "dpo"], Mode(), 6, 4, 40 + 10 + 20 + 40 + 5 + 7 + 40),
+        ({}, ["--method", "sft"], Mode(), 3, 4, 40 + 10 + 20 + 5 + 7 + 40),
+        ({"precompute_ref_log_probs": True, "cache_features": True}, [], Mode(), 3, 4, 40 + 10 + 20 + 7 + 40),
+        ({"gradient_checkpointing": True, "ema_decay": None}, [], Mode(), 3, 4, 40 + 10 + 20 + 40 + 5 + 2),
+        ({}, ["--engine", "fsdp", "--num_processes", "8"], Mode(), 3, 8, 5 + 5 + 10 + 5 + 5 + 7 + 5),
+        ({"accelerate_config": "multi_gpu"}, [], Mode(), 3, 4, 40 + 40 + 80 + 40 + 5 + 7 + 40),
+        ({"use_peft": True, "bf16": True}, [], Mode(16, True, float32_base=True), 3, 4, 162),
+        ({"use_peft": True, "lora_r": 4, "bf16": True, "dtype": "bfloat16"}, [], Mode(4, True), 3, 4, 162),
+        ({"use_peft": True}, ["--batch_size", "1", "--lora_r", "2"], Mode(2), 1, 4, 162),
+    ],
+)
+def test_a_trainings_options(monkeypatch, capsys, tmp_path, changes, options, mode, batch_size, processes, expected):
+    """By hand, of a model whose parts are whole numbers of GiB."""
+    seen = []
+
+    def memory(model, mode, batch_size, encoder_parameters):
+        seen.append((model["resolution"], mode, batch_size))
+        return bench.Memory(40 * GIB, 40 * GIB, 80 * GIB, 40 * GIB, 5 * GIB, 7 * GIB, 2 * GIB)
+
+    model = {**published("sd"), "source": "some/one"}
+    model["inputs"] = model["inputs"] | {"sample": ["B", 4, "side", "side"]}
+    monkeypatch.setattr(bench, "training_memory", memory)
+    monkeypatch.setattr("trl_diffusion.cli.bench.published_models", lambda: {"one": model})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | changes))
+    main(["bench", "--estimate", "--config", str(tmp_path / "recipe.yaml"), *options])
+    assert seen == [(512, mode, batch_size)]
+    printed = capsys.readouterr().out
+    assert f"512 pixels, {batch_size} image(s) in a micro-batch on each of {processes} GPUs" in printed
+    size = float(re.search(r"recipe.yaml: (\S+) GiB on each GPU", printed)[1])
+    assert size == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_name_or_path": "some/other"}, "'some/other', expected one of ['stable-diffusion-v1-5"),
+        ({"accelerate_config": "zero3_offload"}, "accelerate_config='zero3_offload', expected one of"),
+        ({"load_in_8bit": True}, "`load_in_8bit`, which the estimate does not know"),
+        ({"resolution": ["512x768"]}, "resolution=['512x768'], expected one number"),
+        ({"per_device_train_batch_size": "2"}, "per_device_train_batch_size='2'"),
+        ({"num_processes": 0}, "num_processes=0"),
+        ({"lora_rr": 3}, "'lora_rr' in"),
+    ],
+)
+def test_options_that_the_estimate_does_not_know(refused, tmp_path, changes, words):
+    source = {"model_name_or_path": published_models()["sd15"]["source"]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | source | changes))
+    assert words in refused("bench", "--estimate", "--config", tmp_path / "recipe.yaml")

@@ -8,7 +8,7 @@ memory. Activations are not typed in: they are the tensors that autograd saves i
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import files
 from typing import Any
@@ -29,6 +29,18 @@ Published = dict[str, Any]
 
 ADAMW_STATES = 2
 """Numbers that AdamW keeps for a parameter."""
+
+SHARDED: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "zero1": ("optimizer",),
+    "zero2": ("optimizer", "gradients"),
+    "zero3": ("optimizer", "gradients", "weights", "reference"),
+    "fsdp": ("optimizer", "gradients", "weights", "reference"),
+}
+"""The parts of [`Memory`] of which each device holds its share, by engine; it holds the others whole."""
+
+LATENT_SCALE = 8
+"""Pixels to a side of a latent pixel, in all of the published models."""
 
 
 def published_models() -> dict[str, Published]:
@@ -57,13 +69,28 @@ def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def inputs_of(model: Published, batch_size: int) -> dict[str, Any]:
     """Inputs of the denoiser, uninitialised."""
+    side = model["resolution"] // LATENT_SCALE
+    # `tokens` are patches of 2 x 2 latent pixels.
+    lengths = {"B": batch_size, "side": side, "tokens": (side // 2) ** 2}
 
     def tensor(shape):
         if isinstance(shape, dict):
             return {name: tensor(part) for name, part in shape.items()}
-        return torch.empty([batch_size if side == "B" else side for side in shape])
+        return torch.empty([lengths.get(length, length) for length in shape])
 
     return {name: tensor(shape) for name, shape in model["inputs"].items()}
+
+
+def at_resolution(model: Published, resolution: int) -> Published:
+    """
+    A published model for images of another size.
+
+    Raises:
+        `ValueError`: if it does not take that size.
+    """
+    if resolution < 64 or resolution % 16:
+        raise ValueError(f"Found resolution={resolution}, expected a multiple of 16 from 64 on")
+    return {**model, "resolution": resolution}
 
 
 def num_bytes(tensors) -> int:
@@ -153,11 +180,20 @@ class Mode:
             encoders beside it, are loaded in bfloat16.
         four_bit (`bool`, *optional*, defaults to `False`):
             The linear layers of a LoRA's base are kept in 4 bits, as `--load_in_4bit` has bitsandbytes do it.
+        float32_base (`bool`, *optional*, defaults to `False`):
+            With `bf16`, the base of a LoRA and the encoders are loaded in float32 nevertheless.
     """
 
     lora_rank: int | None = None
     bf16: bool = False
     four_bit: bool = False
+    float32_base: bool = False
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Of a LoRA's base, and of the encoders."""
+        half = self.bf16 and self.lora_rank is not None and not self.float32_base
+        return torch.bfloat16 if half else torch.float32
 
     def __post_init__(self):
         if self.four_bit and self.lora_rank is None:
@@ -165,7 +201,9 @@ class Mode:
 
     def __str__(self) -> str:
         kind = "full" if self.lora_rank is None else f"LoRA r={self.lora_rank}"
-        return f"{kind}, {'bf16' if self.bf16 else 'fp32'}{', 4 bit' if self.four_bit else ''}"
+        return f"{kind}, {'bf16' if self.bf16 else 'fp32'}{', 4 bit' if self.four_bit else ''}" + (
+            " on fp32" if self.float32_base else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -179,6 +217,16 @@ class Memory:
     encoders: int
     activations: int
     checkpointed: int
+
+    def per_device(self, engine: str, num_processes: int) -> "Memory":
+        """
+        What each of several devices holds: its share of what the engine shards, rounded up, and all of the rest.
+
+        Args:
+            engine (`str`): One of [`SHARDED`].
+            num_processes (`int`): Devices; each one computes its own micro-batch.
+        """
+        return replace(self, **{part: -(-getattr(self, part) // num_processes) for part in SHARDED[engine]})
 
     def total(self, *, checkpointing: bool, reference: bool, cached_features: bool) -> int:
         """
@@ -207,6 +255,9 @@ class Estimate:
     flops: int
     """Of the denoiser's forward on one image; a multiplication and its addition are two."""
     memory: dict[Mode, Memory]
+    """On each device."""
+    engine: str = "none"
+    num_processes: int = 1
 
 
 def _attention_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
@@ -254,7 +305,7 @@ def training_memory(
     policy: Any = denoiser
     saved_by_packing = 0
     if mode.lora_rank is not None:
-        denoiser = denoiser.requires_grad_(False).to(torch.bfloat16 if mode.bf16 else torch.float32)
+        denoiser = denoiser.requires_grad_(False).to(mode.frozen_dtype)
         if mode.four_bit:
             for module in denoiser.modules():
                 if isinstance(module, torch.nn.Linear):
@@ -278,13 +329,20 @@ def training_memory(
         gradients=num_bytes(trained),
         optimizer=ADAMW_STATES * num_bytes(trained),
         reference=num_bytes(policy.parameters()) if mode.lora_rank is None else 0,
-        encoders=encoder_parameters * (2 if mode.bf16 and mode.lora_rank is not None else 4),
+        encoders=encoder_parameters * mode.frozen_dtype.itemsize,
         activations=saved.bytes,
         checkpointed=saved.kept_bytes + max(saved.largest_block_bytes, casts),
     )
 
 
-def estimate(model: Published, batch_size: int = 1, lora_rank: int = 16, modes: list[Mode] | None = None) -> Estimate:
+def estimate(
+    model: Published,
+    batch_size: int = 1,
+    lora_rank: int = 16,
+    modes: list[Mode] | None = None,
+    engine: str = "none",
+    num_processes: int = 1,
+) -> Estimate:
     """
     What training a published model takes.
 
@@ -293,6 +351,8 @@ def estimate(model: Published, batch_size: int = 1, lora_rank: int = 16, modes: 
         batch_size (`int`, *optional*, defaults to `1`): Images of a micro-batch; a pair has two.
         lora_rank (`int`, *optional*, defaults to `16`): Rank of the LoRA.
         modes (`list[Mode]`, *optional*): Defaults to full and LoRA, each in fp32 and bf16, and LoRA in bf16 on 4 bits.
+        engine (`str`, *optional*, defaults to `"none"`): One of [`SHARDED`].
+        num_processes (`int`, *optional*, defaults to `1`): Devices that the engine shards over.
     """
     if modes is None:
         modes = [Mode(rank, bf16) for rank in (None, lora_rank) for bf16 in (False, True)]
@@ -309,7 +369,12 @@ def estimate(model: Published, batch_size: int = 1, lora_rank: int = 16, modes: 
         parameters=sum(p.numel() for p in denoiser.parameters()),
         encoder_parameters=encoder_parameters,
         flops=counter.get_total_flops(),
-        memory={mode: training_memory(model, mode, batch_size, encoder_parameters) for mode in modes},
+        memory={
+            mode: training_memory(model, mode, batch_size, encoder_parameters).per_device(engine, num_processes)
+            for mode in modes
+        },
+        engine=engine,
+        num_processes=num_processes,
     )
 
 
@@ -326,8 +391,9 @@ def as_markdown(found: Estimate) -> str:
         parts = [getattr(memory, name) for name in PARTS]
         return f"| {mode} | " + " | ".join(f"{size / 2**30:.1f}" for size in (*parts, most, least)) + " |"
 
+    devices = f" on each of {found.num_processes} GPUs ({found.engine})" if found.num_processes > 1 else ""
     lines = [
-        f"**{found.name}**, {found.resolution} pixels, {found.batch_size} image(s) in a micro-batch: "
+        f"**{found.name}**, {found.resolution} pixels, {found.batch_size} image(s) in a micro-batch{devices}: "
         f"{found.parameters / 1e9:.2f} B parameters ({found.parameters:,}), {found.flops / 1e12:.2f} TFLOP per image "
         f"and forward, {found.encoder_parameters / 1e9:.2f} B parameters in VAE and text encoders.",
         "",

@@ -5,7 +5,7 @@ import functools
 import json
 import shlex
 import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,14 +13,24 @@ import torch
 
 import trl_diffusion
 
-from ..bench.estimate import as_markdown, estimate, published_models
+from ..bench.estimate import (
+    ADAMW_STATES,
+    SHARDED,
+    Memory,
+    Mode,
+    as_markdown,
+    at_resolution,
+    estimate,
+    published_models,
+)
 from ..bench.measure import as_text, measure, synthetic_data
 from ..bench.pipelines import RANDOM, random_pipeline
 from ..bench.turns import compare, comparison_as_text
 from ..families import check_before_loading, family_of, load_pipeline
-from .arguments import ModelArguments
-from .errors import Parser, check_output_file, positive_int
-from .inputs import ConfigParser, check_model
+from .arguments import ModelArguments, ScriptArguments
+from .errors import Parser, check_output_file, positive_int, suggestion
+from .inputs import ConfigParser, check_model, read_config
+from .launch import launch_options
 
 
 METHODS = {"kto": "DiffusionKTO", "rpo": "DiffusionRPO", "dpo": "DiffusionDPO", "sft": "DiffusionSFT"}
@@ -173,17 +183,133 @@ def make_estimate_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", nargs="+", choices=list(published_models()), help="models of the estimate (all of them)"
     )
+    parser.add_argument("--config", help="a training's options: model, batch, resolution, precision, LoRA, engine ...")
     parser.add_argument(
-        "--batch_size", type=positive_int, default=1, help="images of a micro-batch; a pair has two (1)"
+        "--method",
+        choices=METHODS,
+        default="kto",
+        help="method of --config: a row of dpo and rpo has two images (kto)",
     )
-    parser.add_argument("--lora_r", type=positive_int, default=16, help="rank of the LoRA (16)")
+    parser.add_argument("--batch_size", type=positive_int, help="images of a micro-batch; a pair has two (1)")
+    parser.add_argument("--lora_r", type=positive_int, help="rank of the LoRA (16)")
+    parser.add_argument("--resolution", type=positive_int, help="side of the images in pixels (the model's own)")
+    parser.add_argument("--engine", choices=SHARDED, help="what shards the training; DDP is none (none)")
+    parser.add_argument("--num_processes", type=positive_int, help="GPUs that the engine shards over (1)")
     return parser
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What a training's options say to the estimate."""
+
+    model: str
+    mode: Mode
+    batch_size: int
+    resolution: int | None
+    engine: str
+    num_processes: int
+    checkpointing: bool
+    reference: bool
+    cached_features: bool
+    average: bool
+
+    @classmethod
+    def from_config(cls, file: str, method: str) -> "Recipe":
+        """
+        Reads a YAML file of options of `trl-diffusion kto` and the others.
+
+        Raises:
+            `ValueError`: if the estimate does not know the model, or an option that bears on the memory.
+        """
+        given = read_config([file])
+        config_class = getattr(trl_diffusion, f"{METHODS[method]}Config")
+        defaults = {f.name: f.default for kind in (ModelArguments, config_class) for f in fields(kind)}
+        options = defaults | given
+        known = {
+            *defaults,
+            *(f.name for f in fields(ScriptArguments)),
+            *(name[2:] for name in launch_options()),
+            "env",
+        }
+        for name in given.keys() - known:
+            raise ValueError(f"Found the unknown option {name!r} in {file!r}{suggestion(name, known)}")
+        for name in ("per_device_train_batch_size", "lora_r", "num_processes"):
+            value = options.get(name, 1)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"Found {name}={value!r} in {file!r}, expected a whole number of at least 1")
+        sources = {model["source"]: name for name, model in published_models().items()}
+        if options["model_name_or_path"] not in sources:
+            raise ValueError(
+                f"Found model_name_or_path={given.get('model_name_or_path')!r}, expected one of {[*sources]}"
+            )
+        if options["load_in_8bit"]:
+            raise ValueError(
+                "Found `load_in_8bit`, which the estimate does not know; expected `load_in_4bit` or neither"
+            )
+        if options["resolution"] is not None and not isinstance(options["resolution"], int):
+            raise ValueError(
+                f"Found resolution={options['resolution']}, expected one number; give it as `--resolution`"
+            )
+        engine = given.get("accelerate_config", "none")
+        engine = {"fsdp2": "fsdp", "multi_gpu": "none", "single_gpu": "none"}.get(engine, engine)
+        if engine not in SHARDED:
+            raise ValueError(
+                f"Found accelerate_config={engine!r}, expected one of {[*SHARDED]}; give it as `--engine`"
+            )
+        lora = options["use_peft"]
+        images = 2 if method in ("dpo", "rpo") else 1
+        return cls(
+            model=sources[options["model_name_or_path"]],
+            mode=Mode(
+                lora_rank=options["lora_r"] if lora else None,
+                bf16=options["bf16"] in (None, True),
+                four_bit=options["load_in_4bit"],
+                float32_base=lora and options["bf16"] in (None, True) and options["dtype"] == "float32",
+            ),
+            batch_size=images * options["per_device_train_batch_size"],
+            resolution=options["resolution"],
+            engine=engine,
+            num_processes=given.get("num_processes", 1),
+            checkpointing=options["gradient_checkpointing"],
+            reference=method != "sft" and not options["precompute_ref_log_probs"],
+            cached_features=options["cache_features"],
+            average=options["ema_decay"] is not None,
+        )
+
+    def needs(self, memory: Memory) -> int:
+        """Bytes on each device, of what an estimate of [`Recipe.mode`] found."""
+        total = memory.total(
+            checkpointing=self.checkpointing, reference=self.reference, cached_features=self.cached_features
+        )
+        if not self.average:
+            return total
+        # As many float32 numbers as are trained, sharded as the weights are.
+        trained = memory.optimizer * (self.num_processes if "optimizer" in SHARDED[self.engine] else 1) // ADAMW_STATES
+        return total + trained // (self.num_processes if "weights" in SHARDED[self.engine] else 1)
+
+
 def run_estimate(argv: list[str]) -> None:
-    """Prints a table for each published model."""
-    parser = make_estimate_parser()
-    args = parser.parse_args(argv)
+    """Prints a table for each published model, or for the training of `--config`."""
+    args = make_estimate_parser().parse_args(argv)
     models = published_models()
-    for name in args.model or models:
-        print(as_markdown(estimate(models[name], args.batch_size, args.lora_r)), end="\n\n", flush=True)
+    if args.config is None:
+        recipe, modes, names = None, None, args.model or [*models]
+        engine, num_processes = args.engine or "none", args.num_processes or 1
+    else:
+        found = Recipe.from_config(args.config, args.method)
+        recipe = replace(
+            found,
+            mode=replace(found.mode, lora_rank=args.lora_r or found.mode.lora_rank),
+            engine=args.engine or found.engine,
+            num_processes=args.num_processes or found.num_processes,
+        )
+        modes, names = [recipe.mode], args.model or [recipe.model]
+        engine, num_processes = recipe.engine, recipe.num_processes
+        args.batch_size, args.resolution = args.batch_size or recipe.batch_size, args.resolution or recipe.resolution
+    for name in names:
+        model = models[name] if args.resolution is None else at_resolution(models[name], args.resolution)
+        result = estimate(model, args.batch_size or 1, args.lora_r or 16, modes, engine, num_processes)
+        print(as_markdown(result), end="\n\n", flush=True)
+        if recipe is not None:
+            size = recipe.needs(result.memory[recipe.mode])
+            print(f"With the options of {args.config}: {size / 2**30:.1f} GiB on each GPU.", end="\n\n", flush=True)

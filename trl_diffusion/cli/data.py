@@ -13,7 +13,7 @@ from ..data.buckets import Size, parse_sizes, show_size
 from ..data.formats import AnyDataset
 from ..data.inspection import PROBLEMS, DataReport, check_split_is_new, inspect_dataset, write_parquet
 from ..data.paths import folder_of, inside_only
-from .errors import Parser, check_output_dir, data_file, non_negative_int
+from .errors import Parser, check_output_dir, check_data_file, non_negative_int
 from .inputs import load_data, reading
 
 
@@ -79,7 +79,7 @@ def _scores_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _webdataset_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--files", nargs="+", type=data_file, required=True, help="tar files")
+    parser.add_argument("--files", nargs="+", required=True, help="tar files")
     parser.add_argument("--prompt", default="txt", help="field of the prompts (txt)")
     parser.add_argument("--image", default="jpg", help="field of the images (jpg)")
     parser.add_argument("--label", default="cls", help="field of the labels (cls)")
@@ -277,6 +277,8 @@ def policies_of(args: argparse.Namespace) -> dict[str, str]:
 def run(argv: list[str]) -> None:
     """Streams: neither command needs more memory for more rows than some dozen bytes each."""
     args = make_parser().parse_args(argv)
+    for file in getattr(args, "files", ()):
+        check_data_file(file)
     if args.command == "convert":
         check_output_dir(args.output_dir)
     with reading(" and ".join(str(value) for name, value in vars(args).items() if value and name in _SOURCES)):

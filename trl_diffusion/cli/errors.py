@@ -227,11 +227,10 @@ def _number(text: str, kind: type, fits: Callable[..., bool], expected: str):
     return value
 
 
-def data_file(text: str) -> str:
-    """An option's type: a file that is there, or a pattern or an address of files."""
-    if "://" not in text and "*" not in text and not Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"found no file {text!r}, expected one that is there")
-    return text
+def check_data_file(file: str) -> None:
+    """Refuses a file that is not there; a pattern or an address is left to `load_dataset`."""
+    if "://" not in file and "*" not in file and not Path(file).is_file():
+        raise ValueError(f"Found no file {file!r}, expected one that is there")
 
 
 def check_output_file(file: Path) -> None:
