@@ -179,7 +179,7 @@ def test_precision_follows_the_training(eight_devices, name, precision):
     plan.check(config(**{} if precision == "no" else {precision: True}))
     assert plan.args.mixed_precision == precision
     wrong = Launch(["--accelerate_config", name, "--mixed_precision", "fp8"])
-    with pytest.raises(ValueError, match="Found `--mixed_precision fp8` and a training with"):
+    with pytest.raises(ValueError, match="Found `mixed_precision` fp8 and a training with"):
         wrong.check(config(**{} if precision == "no" else {precision: True}))
 
 
@@ -233,6 +233,23 @@ def test_what_is_started(request, options, machine, expected):
 def test_launches_that_are_refused(eight_devices, options, changes, message):
     with pytest.raises((ValueError, yaml.YAMLError), match=message):
         Launch(options).check(config(**changes))
+
+
+def test_a_cpu_is_one_process(monkeypatch, eight_devices):
+    """Where accelerate would count GPUs, which are not used."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    for use_cpu, expected in ((False, (8, "multi_gpu")), (True, (1, None))):
+        plan = Launch([])
+        plan.check(config(use_cpu=use_cpu))
+        assert (plan.processes, plan.engine, plan.in_place(config(use_cpu=use_cpu))) == (*expected, use_cpu)
+
+
+def test_fp8_of_a_configuration(tmp_path, eight_devices):
+    file = ROOT / "trl_diffusion" / "accelerate_configs" / "multi_gpu.yaml"
+    (tmp_path / "mine.yaml").write_text(file.read_text().replace("mixed_precision: bf16", "mixed_precision: fp8"))
+    with pytest.raises(ValueError, match="Found `mixed_precision` fp8 and a training with bf16=True"):
+        Launch(["--accelerate_config", str(tmp_path / "mine.yaml")]).check(config(bf16=True))
 
 
 @pytest.mark.parametrize("name", ["multi_gpu", "zero2", "fsdp2"])
@@ -375,11 +392,12 @@ def test_the_command_as_a_rank(monkeypatch, refused):
     """`torchrun --no-python trl-diffusion kto`: it starts nothing itself."""
     begun = []
     monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setattr(training, "train", lambda *args: begun.append(args))
+    monkeypatch.setattr(training, "train", lambda *args: begun.append(args[0]))
+    monkeypatch.setattr(training.TrainingParser, "parse_own", lambda self, words: ())
     monkeypatch.setattr(Launch, "start", lambda *args: begun.append("start"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
     main(["kto", *REQUIRED])
-    assert begun[0][0] is DiffusionKTOTrainer
+    assert begun == [DiffusionKTOTrainer]
     assert "Found `num_processes`, which starts processes" in refused("kto", *REQUIRED, "--num_processes", "2")
 
 
@@ -528,7 +546,7 @@ def group(leader: int) -> set[int]:
 def wait_for(what, seconds: float):
     """Polls, because nothing tells."""
     end = time.monotonic() + seconds
-    while not (Found := what()) and time.monotonic() < end:
+    while not (found := what()) and time.monotonic() < end:
         time.sleep(0.05)
     return found
 
