@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -530,16 +531,15 @@ def test_two_processes_on_a_cpu(tmp_path):
     assert "| processes | 2, DDP |" in (tmp_path / "out" / "README.md").read_text()
 
 
-def group(leader: int) -> set[int]:
-    """The processes of a group that have not ended."""
+def marked(mark: str) -> set[int]:
+    """The processes with a word in their environment that have not ended; each rank has its own session."""
     alive = set()
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            if mark.encode() in (entry / "environ").read_bytes():  # empty once it has ended
+                alive.add(int(entry.name))
         except OSError:
             continue
-        if int(fields[2]) == leader and fields[0] != "Z":
-            alive.add(int(entry.name))
     return alive
 
 
@@ -557,27 +557,26 @@ def wait_for(what, seconds: float):
     ("name", "when"), [("SIGTERM", "start"), ("SIGINT", "start"), ("SIGHUP", "start"), ("SIGKILL", "training")]
 )
 def test_signals_end_every_process(tmp_path, name, when):
-    """To the command alone, not to its group, as a shell's Ctrl-C would; ranks are hit while they import, or train."""
+    """Sent to the command alone; its ranks are importing, or training."""
+    mark = uuid.uuid4().hex
     command = [*COMMAND, "--cpu", "--num_processes", "2", *options(tmp_path), "--max_steps", "100000"]
     process = subprocess.Popen(
         [*map(str, command), "--logging_steps", "1"],
         cwd=ROOT,
-        env=environment(tmp_path),
+        env=environment(tmp_path) | {"MARK": mark},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        start_new_session=True,
     )
     try:
-        assert wait_for(lambda: len(group(process.pid)) >= 3, 120)
+        assert wait_for(lambda: len(marked(mark)) >= 3, 200)
         if when == "training":
             assert any("'loss'" in line for line in process.stdout)
         number = getattr(signal, name)
         os.kill(process.pid, number)
         assert process.wait(60) == (-number if name == "SIGKILL" else 128 + number)
-        assert wait_for(lambda: not group(process.pid), 60), group(process.pid)
+        assert wait_for(lambda: not marked(mark), 60), marked(mark)
     finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        for left in marked(mark):
+            os.kill(left, signal.SIGKILL)
+        process.communicate()
