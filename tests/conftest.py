@@ -58,7 +58,7 @@ def refused(capsys):
         lines = capsys.readouterr().err.strip().splitlines()
         assert exit_.value.code == 2
         assert len(lines) == 1, "\n".join(lines)
-        assert re.match(r"trl-diffusion[ \w]*: error: \w", lines[0].replace("`", "")), lines[0]
+        assert re.match(r"trl-diffusion[ \w]*: error: \S", lines[0]), lines[0]
         return lines[0]
 
     return run

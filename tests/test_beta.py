@@ -11,6 +11,8 @@ from tests.conftest import embed, pairs, unpaired
 from tests.test_methods import assert_equal, moved, trained, trainer_of, weights
 from tests.tiny import tiny_stable_diffusion
 from trl_diffusion.cli import main
+from trl_diffusion.cli.arguments import ScriptArguments
+from trl_diffusion.cli.beta import random_rows
 from trl_diffusion.data import embed_pairs
 from trl_diffusion.evaluation import calibrate_beta, convert_beta
 from trl_diffusion.evaluation.calibration import find_beta
@@ -178,3 +180,15 @@ def test_measure_command(tmp_path, monkeypatch, sd_folder, capsys, method, strea
 def test_measure_command_refuses(sd_folder, refused):
     words = ["beta", "measure", "dpo", "--model_name_or_path", sd_folder, "--dataset_name", "x", "--use_cpu"]
     assert "`--num_steps` must be at least 1, found 0" in refused(*words, "--num_steps", "0")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_are_chosen_at_random(tmp_path, monkeypatch, streaming):
+    """Sorted by label, as `from_folders` writes them; always the same rows for a seed."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # of `datasets`, where a stream is left before its end
+    unpaired(60).sort("label").to_parquet(tmp_path / "train.parquet")
+    script_args = ScriptArguments(str(tmp_path), dataset_streaming=streaming)
+    labels = [[bool(row) for row in random_rows(script_args, 12, seed)["label"]] for seed in (0, 0, 1)]
+    assert labels[0] == labels[1] != labels[2]
+    assert all(0 < sum(part) < 12 == len(part) for part in labels)
+    assert len(random_rows(script_args, 100, 0)) == 60

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from transformers import TrainerCallback
 
 from tests import methods
@@ -320,6 +320,24 @@ def test_long_captions_do_not_widen_the_grid():
     margin = np.asarray(long)[:, -4:]
     assert (margin == 255).all()
     assert (np.asarray(long)[4:18, :-4] < 128).any()
+
+
+@pytest.mark.parametrize("caption", ["word " * 20_000, "x" * 100_000, "猫" * 100_000, "." * 100_000])
+def test_a_long_caption_is_measured_a_few_times(monkeypatch, caption):
+    """Of 100,000 characters no more are looked at than could be seen, and the cut text fills the width."""
+    measured = []
+    textlength = ImageDraw.ImageDraw.textlength
+
+    def counted(self, text, *args, **kwargs):
+        measured.append((len(text), textlength(self, text, *args, **kwargs)))
+        return measured[-1][1]
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "textlength", counted)
+    grid = image_grid([[picture(0, (64, 64)), picture(1, (64, 64))]], [caption])
+    assert len(measured) < 12
+    assert sum(length for length, _ in measured) < 4 * grid.width
+    fitting = [width for _, width in measured if width <= grid.width - 8]
+    assert max(fitting) > grid.width - 8 - 2 * 12  # no more than two characters are missing
 
 
 @pytest.mark.parametrize("caption", ["", "two\nlines", "Ünïcödé 猫 🐈", " "])

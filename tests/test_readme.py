@@ -130,7 +130,7 @@ def test_commands_are_understood(page, workplace, monkeypatch):
         (launch.Launch, "check"),
         (bench, "make_trainer"),
         (bench, "estimate"),
-        (beta, "first_rows"),
+        (beta, "random_rows"),
     ):
         monkeypatch.setattr(module, name, begin)
     monkeypatch.chdir(workplace)

@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,16 +40,31 @@ def image_grid(rows: list[list[Image.Image]], captions: list[str] | None = None,
         "RGB", (columns * (width + margin) + margin, len(rows) * (height + margin + head) + margin), "white"
     )
     draw = ImageDraw.Draw(grid)
+
+    def fits(text: str) -> bool:
+        return draw.textlength(text, font) <= grid.width - 2 * margin
+
     for i, row in enumerate(rows):
         top = margin + i * (height + margin + head)
         if captions:
-            text = " ".join(captions[i].split())
-            while len(text) > 1 and draw.textlength(text, font) > grid.width - 2 * margin:
-                text = text[:-2] + "…"
+            text = _cut_to_fit(captions[i], fits, most=grid.width)
             draw.text((margin, top), text, "black", font)
         for j, image in enumerate(row):
             grid.paste(image.convert("RGB"), (margin + j * (width + margin), top + head))
     return grid
+
+
+def _cut_to_fit(caption: str, fits: Callable[[str], bool], most: int) -> str:
+    """The caption in one line, with an ellipsis where it is cut to at most `most` characters that fit."""
+    text = " ".join(caption.split())
+    if len(text) <= most and fits(text):
+        return text
+    # By halves, since each measurement takes as long as the text.
+    short, long = 0, min(len(text), most)
+    while long - short > 1:
+        middle = (short + long) // 2
+        short, long = (middle, long) if fits(text[:middle] + "…") else (short, middle)
+    return text[:short] + "…"
 
 
 class TensorBoardLogger(TensorBoardCallback):

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from . import engines
 from .families import Family, family_of, load_pipeline
 from .files import written_whole
+from .redaction import redacted
 
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -152,7 +153,7 @@ def public_name(name: str) -> str:
     What is told of a model, a data set or a folder: its id or relative path; of an absolute path the last part, since
     the rest tells of a machine and its user.
     """
-    return Path(name).name if os.path.isabs(name) else name
+    return redacted(Path(name).name if os.path.isabs(name) else name)
 
 
 def save_training_args(args: TrainingArguments, directory: Path) -> None:

@@ -28,7 +28,7 @@ _IN_TEXT = [
         rf"\1{MARK}",
     ),
     (re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{6,}"), rf"\1 {MARK}"),
-    (re.compile(r"\bhf_\w{8,}"), MARK),
+    (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), MARK),
 ]
 
 _known: set[str] = set()
@@ -92,9 +92,9 @@ def _remembered(secret: Any) -> Any:
 def _of_the_machine() -> set[str]:
     from huggingface_hub import get_token  # an error of the command line should not have to import it earlier
 
-    folders = ("PWD", "OLDPWD")
-    values = {value for name, value in os.environ.items() if is_secret(name) and name not in folders}
-    values.add(get_token() or "")
+    values = {value for name, value in os.environ.items() if is_secret(name) and "PWD" not in name} | {
+        get_token() or ""
+    }
     return {value for value in values if len(value) >= _SHORTEST and not _PLACEHOLDER.fullmatch(value)}
 
 
@@ -150,6 +150,8 @@ def _options(words: list[str]) -> list[list[str]]:
 
 
 def _clean(option: list[str]) -> list[str]:
+    if not option[0].startswith("--"):
+        return redacted(option)
     name, equals, value = option[0].partition("=")
     values = redacted({name: [value, *option[1:]]})[name]
     return [f"{name}={values[0]}" if equals else name, *values[1:]]

@@ -5,7 +5,7 @@ import os
 import sys
 
 from ..redaction import redact_argv
-from .errors import DEBUG, Parser, one_line_errors, quiet_imports, quiet_libraries
+from .errors import DEBUG, Parser, check_options, one_line_errors, quiet_imports, quiet_libraries
 
 
 COMMANDS = {
@@ -29,8 +29,10 @@ def main(argv: list[str] | None = None) -> None:
 
     An error about the input is one line on stderr and exit code 2; `--debug` prints its traceback too.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    redact_argv()
+    if argv is None:
+        argv = sys.argv[1:]
+        redact_argv()
+    argv = list(argv)
     for i, word in enumerate(argv):
         # The training's own `--debug` has a value.
         if word == "--debug" and argv[i + 1 : i + 2] not in (["underflow_overflow"], ["tpu_metrics_debug"]):
@@ -43,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         # Each command parses its own options, which only then have to be imported.
         commands.add_parser(name, help=text, add_help=False)
     with one_line_errors("trl-diffusion"):
+        check_options(argv[:1], ["--help"], parser.prog)
         command = parser.parse_known_args(argv[:1])[0].command
     with one_line_errors(f"trl-diffusion {command}"):
         with quiet_imports():

@@ -19,7 +19,7 @@ from ..bench.pipelines import RANDOM, random_pipeline
 from ..bench.turns import compare, comparison_as_text
 from ..families import family_of, load_pipeline
 from .arguments import ModelArguments
-from .errors import Parser, positive_int
+from .errors import Parser, check_output_file, positive_int
 from .inputs import ConfigParser, check_model
 
 
@@ -92,6 +92,8 @@ def run_measure(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         options, *_ = parse_options(argv, folder)
         warmup, steps = options.bench_warmup, options.bench_steps
+        if options.json_file is not None:
+            check_output_file(Path(options.json_file))
         result: dict[str, Any]
         if options.against is None:
             # In parts as many more, and one while FLOPs are counted.

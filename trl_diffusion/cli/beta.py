@@ -4,6 +4,7 @@ import argparse
 import tempfile
 from dataclasses import dataclass, field
 
+import numpy as np
 from datasets import Dataset
 
 from ..data.formats import declare_columns
@@ -14,6 +15,8 @@ from .inputs import ConfigParser, check_model, load_data
 
 
 METHODS = ("kto", "rpo", "dpo")
+SHUFFLE_BUFFER = 1000
+"""Rows of a stream among which those to measure with are chosen."""
 
 
 @dataclass
@@ -25,7 +28,8 @@ class BetaArguments:
         gradient_factor (`float`, *optional*, defaults to `0.5`):
             Wanted mean slope of the loss after the steps, as a share of that at the start.
         num_rows (`int`, *optional*, defaults to `256`):
-            Rows of the data set to train on and to measure with: the first ones.
+            Rows of the data set to train on and to measure with, chosen at random by `seed`; of a stream, from the
+            first rows of each file.
         num_steps (`int`, *optional*, defaults to `10`):
             Optimizer steps at the learning rate of the training, without warm-up.
     """
@@ -33,8 +37,15 @@ class BetaArguments:
     gradient_factor: float = field(
         default=0.5, metadata={"help": "Wanted slope of the loss, as a share of the start's."}
     )
-    num_rows: int = field(default=256, metadata={"help": "Rows to train on and to measure with: the first ones."})
+    num_rows: int = field(default=256, metadata={"help": "Rows to train on and to measure with, chosen at random."})
     num_steps: int = field(default=10, metadata={"help": "Optimizer steps, at the full learning rate."})
+
+    def __post_init__(self):
+        for option in ("num_rows", "num_steps"):
+            if getattr(self, option) < 1:
+                raise ValueError(f"`--{option}` must be at least 1, found {getattr(self, option)}.")
+        if not 0 < self.gradient_factor < 1:
+            raise ValueError(f"`--gradient_factor` must be between 0 and 1, found {self.gradient_factor}.")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -94,11 +105,8 @@ def measure(method: str, argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         quiet = ["--output_dir", folder, "--save_strategy", "no", "--eval_strategy", "no", "--report_to", "none"]
         beta_args, script_args, training_args, model_args = parser.parse_args_and_config([*argv, *quiet])
-        for option in ("num_rows", "num_steps"):
-            if getattr(beta_args, option) < 1:
-                raise ValueError(f"`--{option}` must be at least 1, found {getattr(beta_args, option)}.")
         check_model(model_args.model_name_or_path)
-        dataset = first_rows(script_args, beta_args.num_rows)
+        dataset = random_rows(script_args, beta_args.num_rows, training_args.seed)
         asked = training_args.beta
         training_args.max_steps = beta_args.num_steps
         training_args.lr_scheduler_type, training_args.warmup_steps = "constant", 0
@@ -115,8 +123,11 @@ def measure(method: str, argv: list[str]) -> None:
     print(describe(found, beta_args.gradient_factor, method, asked))
 
 
-def first_rows(script_args: ScriptArguments, count: int) -> Dataset:
-    """The first rows of the training data; of a stream no more than these are read."""
+def random_rows(script_args: ScriptArguments, count: int, seed: int) -> Dataset:
+    """
+    Rows of the training data, chosen by `seed`: the first ones may all have one label, as in sorted data. Of a stream
+    they are from the first `SHUFFLE_BUFFER` rows, at least `count`, of files in random order.
+    """
     dataset = load_data(
         script_args.dataset_name,
         script_args.dataset_config,
@@ -124,8 +135,8 @@ def first_rows(script_args: ScriptArguments, count: int) -> Dataset:
         script_args.dataset_streaming,
     )
     if not script_args.dataset_streaming:
-        return dataset.select(range(min(count, len(dataset))))
-    dataset = declare_columns(dataset)
+        return dataset.select(np.random.default_rng(seed).permutation(len(dataset))[:count])
+    dataset = declare_columns(dataset).shuffle(seed, buffer_size=max(count, SHUFFLE_BUFFER))
     return Dataset.from_list(list(dataset.take(count)), features=dataset.features)
 
 

@@ -10,8 +10,8 @@ from datasets import load_dataset
 from ..data import converters
 from ..data.formats import AnyDataset
 from ..data.inspection import PROBLEMS, DataReport, inspect_dataset, write_parquet
-from .errors import Parser, non_negative_int
-from .inputs import load_data
+from .errors import Parser, check_output_dir, data_file, non_negative_int
+from .inputs import load_data, reading
 
 
 # ---- What it takes to read a layout --------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def _scores_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _webdataset_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--files", nargs="+", required=True, help="tar files")
+    parser.add_argument("--files", nargs="+", type=data_file, required=True, help="tar files")
     parser.add_argument("--prompt", default="txt", help="field of the prompts (txt)")
     parser.add_argument("--image", default="jpg", help="field of the images (jpg)")
     parser.add_argument("--label", default="cls", help="field of the labels (cls)")
@@ -88,6 +88,8 @@ class Layout:
     load: Callable[[argparse.Namespace], AnyDataset]
     count: Callable[[argparse.Namespace], dict[str, int]] = lambda args: {}
 
+
+_SOURCES = ("dataset_name", "annotations", "liked_dir", "disliked_dir", "files")
 
 LAYOUTS = {
     "preferences": Layout(
@@ -200,6 +202,13 @@ def describe(report: DataReport, counts: dict[str, int]) -> str:
 def run(argv: list[str]) -> None:
     """Streams: neither command needs more memory for more rows than some dozen bytes each."""
     args = make_parser().parse_args(argv)
+    if args.command == "convert":
+        check_output_dir(args.output_dir)
+    with reading(" and ".join(str(value) for name, value in vars(args).items() if value and name in _SOURCES)):
+        inspect_or_convert(args)
+
+
+def inspect_or_convert(args: argparse.Namespace) -> None:
     layout = LAYOUTS[args.source]
     counts = layout.count(args)
     dataset = layout.load(args)

@@ -5,6 +5,7 @@ import difflib
 import logging
 import os
 import re
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -35,7 +36,6 @@ def one_line_errors(prog: str) -> Iterator[None]:
     Args:
         prog (`str`): The command as the user typed it, e.g. `"trl-diffusion kto"`.
     """
-    sys.excepthook = _print_redacted
     try:
         yield
     except KeyboardInterrupt:
@@ -47,28 +47,30 @@ def one_line_errors(prog: str) -> Iterator[None]:
         if os.environ.get(DEBUG, "0") not in ("", "0"):
             print(redacted(traceback.format_exc()), file=sys.stderr)
         print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
+        sys.exit(2)  # which a tracker may watch
+    except Exception:
+        trace = traceback.format_exc()
+        if (clean := redacted(trace)) == trace:
+            raise
+        # Not left to `sys.excepthook`: that of wandb prints, and records, the error as it is.
+        print(clean, file=sys.stderr)
+        sys.exit(1)
 
 
 def _stdout_is_closed() -> bool:
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes once more at its end, which must not fail.
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:  # Python flushes once more at its end, which must not fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
-
-
-def _print_redacted(kind, error, trace) -> None:
-    print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+    return closed
 
 
 def one_line(error: BaseException) -> str:
     """The message of an error in one line, without tokens and passwords."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         # str(error) begins with "[Errno 2]".
-        text = f"{error.strerror}: {os.fsdecode(error.filename)!r}"
+        text = f"{error.strerror}: {os.fsdecode(error.filename)!r}; check the path"
     else:
         text = _from_the_hub(error) or str(error) or type(error).__name__
     return redacted(" ".join(text.split()))
@@ -95,8 +97,8 @@ def _from_the_hub(error: BaseException) -> str | None:
     reason = next((reason for kind, reason in _HUB_ERRORS.items() if kind in kinds), None)
     if reason is None or not isinstance(error, OSError):
         return None
-    texts = " ".join(map(str, chain))
-    name = re.search(r"//[^/\s]+/(?:api/)?(?:(?:models|datasets)/)?([\w.-]+(?:/[\w.-]+)?)", texts)
+    texts = " ".join(str(link) for link in reversed(chain))  # the Hub's own error is the last one
+    name = re.search(r"//[^/\s]+/(?:api/)?(?:(?:models|datasets)/)?([\w.-]*\w(?:/[\w.-]*\w)?)", texts)
     name = re.search(r"Cannot load model (\S+):", texts) or name
     found = "the model" if name is None else repr(name[1])
     return f"Found no {found} on this machine or on the Hub: {reason}, or check the name (a Hub id or a folder)"
@@ -223,6 +225,19 @@ def _number(text: str, kind: type, fits: Callable[..., bool], expected: str):
     if value is None or not fits(value):
         raise argparse.ArgumentTypeError(f"found {text}, expected {expected}")
     return value
+
+
+def data_file(text: str) -> str:
+    """An option's type: a file that is there, or a pattern or an address of files."""
+    if "://" not in text and "*" not in text and not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"found no file {text!r}, expected one that is there")
+    return text
+
+
+def check_output_file(file: Path) -> None:
+    """Refuses a file that cannot be written: a folder, or one in no folder."""
+    if file.is_dir() or not file.parent.is_dir():
+        raise ValueError(f"Found {str(file)!r}, expected a file in a folder that is there")
 
 
 def check_output_dir(folder: Path) -> None:

@@ -26,7 +26,7 @@ from ..hub import load_trained
 from ..rewards import SCORERS, load_scorer, score_images, scorer_names
 from ..rewards.base import default_device
 from .errors import Parser, check_output_dir, non_negative_float, positive_int, seed_number
-from .inputs import check_model, load_data
+from .inputs import check_model, load_data, looks_like_a_path
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -99,6 +99,10 @@ def run(argv: list[str]) -> None:
         )
     if args.prompts_file is not None:
         read_prompts(args.prompts_file, args.prompt_column)
+    for spec in args.scorers or ():
+        place = spec.partition("=")[2].partition(":")[0]
+        if place and looks_like_a_path(place) and not os.path.exists(place):
+            raise ValueError(f"Found no folder {place!r} for `--scorers {spec}`, expected a folder or a Hub id")
     check_output_dir(args.output_dir)
     check_model(args.model_name_or_path)
     check_model(args.baseline_name_or_path, "--baseline_name_or_path")

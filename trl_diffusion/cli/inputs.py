@@ -3,6 +3,10 @@
 import json
 import os
 import sys
+import tarfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import pyarrow
 import yaml
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
+from safetensors import SafetensorError, safe_open
 from trl import TrlParser
 
 from ..redaction import redacted
@@ -120,13 +125,14 @@ def looks_like_a_path(name: str) -> bool:
     return name.startswith((".", "/", "~", os.sep)) or name.count("/") > 1 or "\\" in name or not name.strip()
 
 
-def check_model(name: str, option: str = "--model_name_or_path") -> None:
+def check_model(name: str, option: str = "--model_name_or_path", base_model: str | None = None) -> None:
     """
     Refuses a local model that cannot be loaded, by its small files; a Hub id is left to the Hub.
 
     Args:
         name (`str`): A Hub id, a folder, or a file that `trl-diffusion export` wrote.
         option (`str`, *optional*): The option that it is from.
+        base_model (`str`, *optional*): The base of an adapter. Defaults to what the adapter's configuration names.
 
     Raises:
         `ValueError`: if there is no such folder, or it holds neither a pipeline nor an adapter.
@@ -138,13 +144,18 @@ def check_model(name: str, option: str = "--model_name_or_path") -> None:
                 f"Found the file {name!r} for `{option}`, expected a folder, a Hub id, or a .safetensors file that "
                 "`trl-diffusion export` wrote"
             )
+        try:
+            safe_open(name, "pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"Found {name!r}, which is no whole .safetensors file ({error}); expected one") from None
         return
     if not folder.is_dir():
         if looks_like_a_path(name):
             raise ValueError(f"Found no folder {name!r} for `{option}`, expected a pipeline's folder or a Hub id")
         return
     if (folder / "adapter_config.json").is_file():
-        _read_json(folder / "adapter_config.json", "base_model_name_or_path")
+        named = _read_json(folder / "adapter_config.json", "base_model_name_or_path")["base_model_name_or_path"]
+        check_model(base_model or named, f"the base model of {name!r}")
         return
     if not (folder / "model_index.json").is_file():
         raise ValueError(
@@ -187,8 +198,28 @@ def load_data(name: str, config: str | None = None, split: str | None = None, st
     """
     if not os.path.exists(name) and looks_like_a_path(name):
         raise ValueError(f"Found no folder {name!r} for `--dataset_name`, expected one with a data set, or a Hub id")
+    with reading(repr(name)):
+        return _load_data(name, config, split, streaming)
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Names the data whose files turn out to be broken."""
+    try:
+        yield
+    except (DatasetsError, pyarrow.ArrowException, tarfile.TarError, UnicodeDecodeError, zlib.error) as error:
+        raise ValueError(
+            f"The data in {what} cannot be read ({error.__cause__ or error}); expected whole files of the right format"
+        ) from None
+
+
+def _load_data(name: str, config: str | None, split: str | None, streaming: bool) -> Any:
     try:
         return load_dataset(name, config, split=split, streaming=streaming)
+    except ValueError as error:
+        if not str(error).startswith(("Bad split", "Unknown split")):
+            raise
+        raise ValueError(f"The data set {name!r} has no split {split!r} ({error}); choose one of these") from None
     except ConnectionError as error:
         raise ValueError(
             f"Found no data set {name!r} on this machine, and the Hub cannot be reached ({error}); check the name or "
@@ -199,11 +230,6 @@ def load_data(name: str, config: str | None = None, split: str | None = None, st
             f"Found no data set in {name!r} ({error}); expected a Hub id, or a folder with parquet, csv, json or "
             "image files"
         ) from None
-    except (DatasetsError, pyarrow.ArrowException) as error:
-        reason = error.__cause__ or error
-        raise ValueError(
-            f"The data set {name!r} cannot be read ({reason}); expected files as `dataset.to_parquet` writes them"
-        ) from None
 
 
-__all__ = ["ConfigParser", "check_model", "load_data", "looks_like_a_path", "read_config", "read_lines"]
+__all__ = ["ConfigParser", "check_model", "load_data", "looks_like_a_path", "read_config", "read_lines", "reading"]

@@ -46,7 +46,7 @@ def read_prompts(file: str | Path, column: str | None = None) -> list[str]:
         ) from None
     distinct = list(dict.fromkeys(filter(None, prompts)))
     if not distinct:
-        raise ValueError(f"Found no prompt in {str(file)!r}.")
+        raise ValueError(f"Found no prompt in {str(file)!r}, expected at least one.")
     return distinct
 
 

@@ -7,6 +7,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin, PipelineQuantizationConfig
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
+from ..redaction import redact_logs, redacted
 from .base import Family
 from .flux import Flux
 from .flux2 import Flux2, Flux2Klein
@@ -71,6 +72,8 @@ def load_pipeline(model: str, **kwargs: Any) -> DiffusionPipeline:
     Raises:
         `ValueError`: if `model` is a local folder that holds no diffusers pipeline.
     """
+    redacted(kwargs)  # remembers the secrets, of which diffusers logs those that it does not know
+    redact_logs()
     if os.path.isdir(model) and not os.path.isfile(os.path.join(model, "model_index.json")):
         raise ValueError(
             f"The folder {model!r} is no diffusers pipeline: found no model_index.json in it, expected a folder "

@@ -64,7 +64,9 @@ def load_scorer(spec: str, device: torch.device | str | None = None) -> Scorer:
                 )
             return scorer
     except (ImportError, AttributeError, OSError, TypeError, ValueError) as error:
-        raise ValueError(f"The scorer {spec!r} cannot be loaded: {error}") from error
+        raise ValueError(
+            f"The scorer {spec!r} cannot be loaded ({error}); expected `name=folder` or `module:function`"
+        ) from error
     raise ValueError(
         f"Found no scorer {spec!r}: expected one of {sorted(SCORERS)}, `name=folder`, or `module:function`."
     )

@@ -13,9 +13,10 @@ from trl.trainer.base_config import _BaseConfig
 from ..data.buckets import parse_sizes, show_size
 from ..engines import load_frozen_models_whole
 from ..likelihood import TIMESTEP_SAMPLINGS, WEIGHTINGS
+from ..redaction import redacted
 
 
-@dataclass
+@dataclass(repr=False)
 class DiffusionConfig(_BaseConfig):
     r"""
     Parameters shared by all trainers of this library, on top of [`~transformers.TrainingArguments`].
@@ -276,16 +277,19 @@ class DiffusionConfig(_BaseConfig):
     _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
 
     def to_dict(self):
-        # Trackers and files record this. transformers' version blanks its own tokens only, and stumbles over
-        # diffusers' quantization configuration of a pipeline, which has no `to_dict`.
+        # Trackers and files record this. transformers' version redacts its own tokens only, and fails with diffusers'
+        # quantization configuration of a pipeline, which has no `to_dict`.
         recorded = copy.copy(self)
         if isinstance(self.model_init_kwargs, dict):
             kwargs = recorded.model_init_kwargs = dict(self.model_init_kwargs)
-            if "token" in kwargs:
-                kwargs["token"] = "<TOKEN>"
             if isinstance(kwargs.get("quantization_config"), PipelineQuantizationConfig):
                 kwargs["quantization_config"] = {k: str(v) for k, v in vars(kwargs["quantization_config"]).items()}
-        return super(DiffusionConfig, recorded).to_dict()
+        return redacted(super(DiffusionConfig, recorded).to_dict())
+
+    def __repr__(self):
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
+
+    __str__ = __repr__
 
     def __post_init__(self):
         # What `accelerate launch` was told; it counts where the options say nothing.
@@ -454,7 +458,7 @@ class DiffusionConfig(_BaseConfig):
             raise ValueError(f"`beta` must be positive and finite, found {beta}: {paper}.")
 
 
-@dataclass
+@dataclass(repr=False)  # `DiffusionConfig` keeps tokens out of it
 class PreferenceConfig(DiffusionConfig):
     r"""
     Parameters shared by the methods that compare with a reference, on top of [`DiffusionConfig`].

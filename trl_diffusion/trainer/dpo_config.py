@@ -6,7 +6,7 @@ from typing import Literal
 from .base_config import PreferenceConfig
 
 
-@dataclass
+@dataclass(repr=False)  # `DiffusionConfig` keeps tokens out of it
 class DiffusionDPOConfig(PreferenceConfig):
     r"""
     Configuration class for the [`DiffusionDPOTrainer`].

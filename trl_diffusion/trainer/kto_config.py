@@ -7,7 +7,7 @@ from typing import Literal
 from .base_config import PreferenceConfig
 
 
-@dataclass
+@dataclass(repr=False)  # `DiffusionConfig` keeps tokens out of it
 class DiffusionKTOConfig(PreferenceConfig):
     r"""
     Configuration class for the [`DiffusionKTOTrainer`].

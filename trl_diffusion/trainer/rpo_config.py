@@ -8,7 +8,7 @@ from ..losses import check_diagonal
 from .base_config import PreferenceConfig
 
 
-@dataclass
+@dataclass(repr=False)  # `DiffusionConfig` keeps tokens out of it
 class DiffusionRPOConfig(PreferenceConfig):
     r"""
     Configuration class for the [`DiffusionRPOTrainer`].

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from .base_config import DiffusionConfig
 
 
-@dataclass
+@dataclass(repr=False)  # `DiffusionConfig` keeps tokens out of it
 class DiffusionSFTConfig(DiffusionConfig):
     r"""
     Configuration class for the [`DiffusionSFTTrainer`].
