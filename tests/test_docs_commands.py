@@ -6,10 +6,11 @@ import shlex
 import shutil
 import tarfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 
 from tests import tiny
 from tests.conftest import pairs, picture, unpaired
@@ -22,11 +23,11 @@ ROOT = Path(__file__).parents[1]
 SHORT = {
     **dict.fromkeys(
         ("kto", "rpo", "dpo", "sft"),
-        "--accelerate_config single_gpu --num_processes 1 --use_cpu true --max_steps 1 --per_device_train_batch_size 2 "
-        "--gradient_accumulation_steps 1 --optim adamw_torch --logging_steps 1 --report_to none --save_strategy no",
+        "--accelerate_config single_gpu --num_processes 1 --use_cpu true --max_steps 1 "
+        "--per_device_train_batch_size 2 --gradient_accumulation_steps 1 --optim adamw_torch --logging_steps 1 --report_to none --save_strategy no",
     ),
     "beta measure": "--num_rows 4 --num_steps 1 --per_device_train_batch_size 2 --use_cpu true",
-    "bench": "--bench_steps 1 --bench_warmup 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --use_cpu",
+    "bench": "--bench_steps 1 --bench_warmup 1 --per_device_train_batch_size 2 --use_cpu",
     "generate": "--num_inference_steps 1 --num_images_per_prompt 1",
     "evaluate": "--num_inference_steps 1 --num_images_per_prompt 1",
 }
@@ -89,7 +90,7 @@ def hpdv2(file: Path) -> None:
 def shard(file: Path) -> None:
     with tarfile.open(file, "w") as tar:
         for i in range(4):
-            parts = {"png": png(i), "txt": b"a picture", "json": json.dumps({"liked": i % 2 == 0}).encode()}
+            parts = {"jpg": png(i), "txt": b"a picture", "json": json.dumps({"liked": i % 2 == 0}).encode()}
             for ending, content in parts.items():
                 member = tarfile.TarInfo(f"{file.stem}-{i}.{ending}")
                 member.size = len(content)
@@ -156,7 +157,7 @@ def test_commands_run(page, tmp_path, monkeypatch):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     there = set()
     for words in COMMANDS[page]:
-        used = [word for option, word in zip(words, words[1:], strict=False) if option != "--output_dir"]
+        used = [word for option, word in pairwise(words) if option != "--output_dir"]
         for name in ("openai/clip-vit-large-patch14", *used):
             if name in BUILDERS and name not in there:
                 BUILDERS[name](tmp_path / name)

@@ -48,8 +48,8 @@ VARIANTS: dict[str, dict] = {
 }
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 METHODS = [name for name in VARIANTS if not name.endswith("lora")]
-# `make test-all` runs the whole product; otherwise each engine trains each method once, such that every pair of an engine,
-# a method, a mode (full, LoRA) and a number of accumulated batches occurs.
+# `make test-all` runs the whole product; otherwise each engine trains each method once, such that every pair of an
+# engine, a method, a mode (full, LoRA) and a number of accumulated batches occurs.
 ALL = os.environ.get("TRL_DIFFUSION_TEST_ALL") == "1"
 SPLITS = [
     (engine, method + " lora" * lora, split + 1)

@@ -13,7 +13,7 @@ from ..data.buckets import Size, parse_sizes, show_size
 from ..data.formats import AnyDataset
 from ..data.inspection import PROBLEMS, DataReport, check_split_is_new, inspect_dataset, write_parquet
 from ..data.paths import folder_of, inside_only
-from .errors import Parser, check_output_dir, check_data_file, non_negative_int
+from .errors import Parser, check_data_file, check_output_dir, non_negative_int
 from .inputs import load_data, reading
 
 
