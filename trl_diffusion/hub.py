@@ -176,7 +176,7 @@ def upload(api, trainer, checkpoint: Path) -> list:
     """
     args, output_dir = trainer.args, Path(trainer.args.output_dir)
     trainer_state = {"optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "trainer_state.json"}
-    trainer_state |= {REFERENCE, EMA, "latest"}  # the last is DeepSpeed's
+    trainer_state |= {REFERENCE, EMA, "run.json", "latest"}  # the last is DeepSpeed's
     with written_whole(output_dir) as staging:
         for entry in checkpoint.iterdir():
             if entry.name in trainer_state or entry.name.startswith(("rng_state", "global_step", "zero_to_")):
@@ -223,6 +223,11 @@ def load_trained(name: str, **kwargs: Any) -> DiffusionPipeline:
     config_file = Path(name) / "adapter_config.json"
     if not config_file.is_file():
         return load_pipeline(name, **kwargs)
+    if (Path(name) / "model_index.json").is_file():
+        raise ValueError(
+            f"Found both adapter_config.json and model_index.json in {name}, expected the weights of one training: "
+            "move away those of the other."
+        )
     config = PeftConfig.from_pretrained(name)
     pipeline = load_pipeline(config.base_model_name_or_path, **kwargs)
     family = family_of(pipeline)

@@ -7,6 +7,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from datasets import load_dataset
 from trl import TrlParser
 
+from ..trainer.run import check_start
 from .arguments import ModelArguments, ScriptArguments
 
 
@@ -42,6 +43,7 @@ def make_trainer(trainer_class, script_args: ScriptArguments, training_args, mod
 
 def train(trainer_class, script_args: ScriptArguments, training_args, model_args: ModelArguments) -> None:
     """Trains, saves to `output_dir`, and pushes to the Hub if asked to."""
+    check_start(training_args)  # before a model is loaded
     trainer = make_trainer(trainer_class, script_args, training_args, model_args)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()

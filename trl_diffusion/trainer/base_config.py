@@ -180,6 +180,12 @@ class DiffusionConfig(_BaseConfig):
         error_growth_action (`str`, *optional*, defaults to `"warn"`):
             Whether to `"warn"` then, or to `"stop"` the training.
 
+        > Parameters that control the output folder
+
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Whether a training that starts in a folder with checkpoints or weights of another run deletes them, with
+            that run's card, samples and record. Other files stay. Without it such a folder is refused.
+
         > Parameters whose defaults differ from [`~transformers.TrainingArguments`]
 
         bf16 (`bool`, *optional*):
@@ -287,6 +293,11 @@ class DiffusionConfig(_BaseConfig):
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Refused: columns that the method does not read are never loaded anyway."}
+    )
+
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Whether to delete what another run left in `output_dir`, instead of refusing to start."},
     )
 
     # A method that takes statistics over a window has a field of this name; one with a reference, of the other.
