@@ -24,7 +24,8 @@ SHORT = {
     **dict.fromkeys(
         ("kto", "rpo", "dpo", "sft"),
         "--accelerate_config single_gpu --num_processes 1 --use_cpu true --max_steps 1 "
-        "--per_device_train_batch_size 2 --gradient_accumulation_steps 1 --optim adamw_torch --logging_steps 1 --report_to none --save_strategy no",
+        "--per_device_train_batch_size 2 --gradient_accumulation_steps 1 --optim adamw_torch --report_to none "
+        "--save_strategy no",
     ),
     "beta measure": "--num_rows 4 --num_steps 1 --per_device_train_batch_size 2 --use_cpu true",
     "bench": "--bench_steps 1 --bench_warmup 1 --per_device_train_batch_size 2 --use_cpu",

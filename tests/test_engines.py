@@ -387,9 +387,9 @@ def test_the_reference_follows(tmp_path):
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
-        ({"ema_decay": 0.5}, {}, r"Found a folder 'ema' in .*, which goes with `ema_decay`: resume with the first"),
-        ({}, {"ema_decay": 0.5}, r"Found no folder 'ema' in .*, which goes with `ema_decay`"),
-        ({}, {"sync_ref_model": True}, r"Found no folder 'reference' in .*, which goes with `sync_ref_model`"),
+        ({"ema_decay": 0.5}, {}, r"has `ema_decay` 0\.5, found None: resume with the recorded value"),
+        ({}, {"ema_decay": 0.5}, r"has `ema_decay` None, found 0\.5"),
+        ({}, {"sync_ref_model": True}, r"has `sync_ref_model` False, found True"),
     ],
 )
 def test_resume_with_another_choice_is_refused(tmp_path, first, second, message):

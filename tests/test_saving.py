@@ -147,7 +147,7 @@ def test_full_output_is_a_pipeline(trained, sd_folder):
 def test_full_output_holds_a_pipeline_and_nothing_else(trained, sd_folder):
     """The folder has the files of the base pipeline; what `save_pretrained` writes there, we write."""
     ours = {name for name in files(trained("full").args.output_dir) if not name.startswith("checkpoint-")}
-    assert ours == files(sd_folder) | {"README.md", "assets/curves.png", "training_args.json"}
+    assert ours == files(sd_folder) | {"README.md", "assets/curves.png", "run.json", "training_args.json"}
 
 
 @pytest.mark.parametrize("peft", DIFFUSERS_LORA)
@@ -238,7 +238,7 @@ def test_weights_in_several_files(sd_folder, tmp_path, monkeypatch):
 
 # ---- What a checkpoint holds ----------------------------------------------------------------------------------------
 
-RESUME = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.json"}
+RESUME = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "run.json", "trainer_state.json", "training_args.json"}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 
 
@@ -296,15 +296,16 @@ def test_training_args_are_a_record(trained):
 def test_save_only_model(sd_folder, tmp_path):
     make_trainer(sd_folder, tmp_path, "lora", save_only_model=True, max_steps=1).train()
     written = files(tmp_path / "checkpoint-1")
-    assert written == ADAPTER | {"pytorch_lora_weights.safetensors", "trainer_state.json", "training_args.json"}
+    records = {"run.json", "trainer_state.json", "training_args.json"}
+    assert written == ADAPTER | records | {"pytorch_lora_weights.safetensors"}
 
 
 @pytest.mark.parametrize(
     ("peft", "other", "message"),
     [
-        ("full", "lora", "no folder 'unet' in .*expected a checkpoint of full fine-tuning"),
-        ("lora", "full", "no adapter_model.safetensors in .*expected a checkpoint of an adapter training"),
-        ("lora", "loha", "(?s)belong to another model|missing|unexpected"),
+        ("full", "lora", "has training 'adapter', found 'full fine-tuning': resume with the recorded value"),
+        ("lora", "full", "has training 'full fine-tuning', found 'adapter'"),
+        ("lora", "loha", r"`adapter.peft_type` 'LOHA', found 'LORA'"),
     ],
 )
 def test_checkpoint_of_another_kind_is_refused(trained, sd_folder, tmp_path, peft, other, message):
@@ -316,7 +317,7 @@ def test_checkpoint_of_another_kind_is_refused(trained, sd_folder, tmp_path, pef
 
 def test_checkpoint_of_fewer_adapted_modules_is_refused(trained, sd_folder, tmp_path):
     """Weights missing from a checkpoint would silently start at random."""
-    trainer = make_trainer(sd_folder, tmp_path / "few", "family's targets", max_steps=1)
+    trainer = make_trainer(sd_folder, tmp_path / "few", "family's targets", max_steps=2)
     shutil.copytree(Path(trained("lora").args.output_dir) / "checkpoint-1", tmp_path / "checkpoint-1")
     path = tmp_path / "checkpoint-1" / "adapter_model.safetensors"
     weights = load_file(path)
@@ -324,7 +325,7 @@ def test_checkpoint_of_fewer_adapted_modules_is_refused(trained, sd_folder, tmp_
     assert 0 < len(kept) < len(weights)
     hub.save_file(kept, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"(?s)missing.*to_q|to_q.*missing"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        hub.load_policy(trainer.model, trainer.family, tmp_path / "checkpoint-1")
 
 
 # ---- Whole or not at all --------------------------------------------------------------------------------------------
@@ -380,7 +381,12 @@ def test_checkpoint_that_fails_half_way_leaves_nothing(
         broken = make_trainer(sd_folder, tmp_path / "broken", peft, max_steps=3)
         with pytest.raises(OSError, match="No space left"):
             broken.train()
-    assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == ["README.md", "assets", "checkpoint-1"]
+    assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == [
+        "README.md",
+        "assets",
+        "checkpoint-1",
+        "run.json",
+    ]
     assert files(tmp_path / "broken" / "checkpoint-1") == files(whole_folder / "checkpoint-1")
 
     again = make_trainer(sd_folder, tmp_path / "broken", peft, max_steps=3)
@@ -392,8 +398,8 @@ def test_checkpoint_that_fails_half_way_leaves_nothing(
 def test_save_model_that_fails_keeps_the_old_one(sd_folder, tmp_path, monkeypatch):
     trainer = make_trainer(sd_folder, tmp_path, save_strategy="no")
     trainer.save_model()
-    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
     trainer.train()
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
     monkeypatch.setattr(hub, "save_frozen_parts", fail_at_call(1, hub.save_frozen_parts))
     with pytest.raises(OSError, match="No space left"):
         trainer.save_model()

@@ -35,9 +35,9 @@ COLUMNS, SIDE = 5, 192
 
 # Options that say where a run ran and what it wrote, and not what it computed.
 _NOT_SETTINGS = frozenset(
-    "output_dir run_name project report_to push_to_hub resume_from_checkpoint local_rank disable_tqdm use_cpu "
-    "log_level log_level_replica log_on_each_node debug do_train do_eval do_predict deepspeed fsdp_config "
-    "accelerator_config parallelism_config model_init_kwargs".split()
+    "output_dir overwrite_output_dir run_name project report_to push_to_hub resume_from_checkpoint local_rank "
+    "disable_tqdm use_cpu log_level log_level_replica log_on_each_node debug do_train do_eval do_predict deepspeed "
+    "fsdp_config accelerator_config parallelism_config model_init_kwargs".split()
 )
 _ENGINES = {"replicated": "DDP", "deepspeed": "DeepSpeed", "fsdp2": "FSDP2"}
 # What tells how good the policy is; the rest is for those who read curves.

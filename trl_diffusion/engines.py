@@ -7,13 +7,13 @@ this rank's part beside it; FSDP2 makes parameters `DTensor`s. Nothing else in t
 import contextlib
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import gather_object, save_fsdp_optimizer, str_to_bool
+from accelerate.utils import broadcast_object_list, gather_object, save_fsdp_optimizer, str_to_bool
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from diffusers import ModelMixin
 from torch import nn
@@ -125,6 +125,22 @@ def check_fsdp(args) -> None:
             f"Found FSDP with {args.world_size} process(es) on {args.device.type}, where accelerate shards nothing "
             "and says nothing: start it on more than one accelerator, or use `multi_gpu` (DDP)."
         )
+
+
+def on_first_rank(function: Callable[[], Any]) -> Any:
+    """What `function` returns on the first rank, the only one that runs it, or its error; on all ranks."""
+    state = PartialState()
+    result, error = None, None
+    if state.is_main_process:
+        try:
+            result = function()
+        except (ValueError, OSError) as found:
+            error = found
+    if state.num_processes > 1:
+        result, error = broadcast_object_list([result, error])
+    if error is not None:
+        raise error
+    return result
 
 
 def check_ranks_agree(settings: dict[str, Any]) -> None:
@@ -351,6 +367,11 @@ def whole(tensors: dict[str, torch.Tensor], keep: bool = True) -> dict[str, torc
                 borrowed = _is_partitioned(tensor) or full.untyped_storage().nbytes() > full.nbytes
                 gathered[name] = full.to("cpu", copy=borrowed).contiguous()
     return gathered
+
+
+def gathered(number: Any) -> Any:
+    """A number that FSDP2 may have spread over the ranks, which must all call it."""
+    return number.full_tensor() if isinstance(number, DTensor) else number
 
 
 @torch.no_grad()

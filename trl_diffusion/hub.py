@@ -260,7 +260,7 @@ def upload(api, trainer, checkpoint: Path) -> list:
     """
     args, output_dir = trainer.args, Path(trainer.args.output_dir)
     trainer_state = {"optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "trainer_state.json"}
-    trainer_state |= {REFERENCE, EMA, "latest"}  # the last is DeepSpeed's
+    trainer_state |= {REFERENCE, EMA, "run.json", "latest"}  # the last is DeepSpeed's
     with written_whole(output_dir) as staging:
         for entry in checkpoint.iterdir():
             if entry.name in trainer_state or entry.name.startswith(("rng_state", "global_step", "zero_to_")):
@@ -391,6 +391,11 @@ def load_trained(name: str, base_model: str | None = None, **kwargs: Any) -> Dif
                 "exported file: drop it."
             )
         return load_pipeline(name, **kwargs)
+    if (Path(name) / "model_index.json").is_file():
+        raise ValueError(
+            f"Found both adapter_config.json and model_index.json in {name}, expected the weights of one training: "
+            "move away those of the other."
+        )
     config = PeftConfig.from_pretrained(name)
     base = base_model_of(name, base_model)
     with naming_the_base(name, base):

@@ -111,7 +111,8 @@ def main() -> None:
     prompts = {kind: load_dataset(str(HERE / "data"), "prompts", split=kind)["prompt"][:] for kind in KINDS}
     all_prompts = [prompt for part in prompts.values() for prompt in part]
     judges = Judges()
-    options = ["--config", str(HERE / "kto.yaml"), "--output_dir", str(args.output_dir), *training_options]
+    options = ["--config", str(HERE / "kto.yaml"), "--output_dir", str(args.output_dir), "--overwrite_output_dir"]
+    options += training_options
     options += ["--model_name_or_path", str(HERE / "base"), "--dataset_name", str(HERE / "data")]
     script_args, training_args, model_args = make_parser(DiffusionKTOConfig, "demo").parse_args_and_config(options)
     trainer = make_trainer(DiffusionKTOTrainer, script_args, training_args, model_args)

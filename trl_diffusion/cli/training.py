@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from ..data.paths import folder_of, inside_only
 from ..redaction import redact_argv, redacted, reveal
+from ..trainer.run import check_start
 from .arguments import ModelArguments, ScriptArguments
 from .errors import DEBUG, USER_ERRORS, one_line, one_line_errors, suggestion
 from .inputs import ConfigParser, check_model, load_data, read_config
@@ -192,6 +193,7 @@ class _Steps(TrainerCallback):
 
 def train(trainer_class, script_args: ScriptArguments, training_args, model_args: ModelArguments) -> None:
     """Trains, saves to `output_dir`, and pushes to the Hub if asked to."""
+    check_start(training_args)  # before a model is loaded
     trainer = make_trainer(trainer_class, script_args, training_args, model_args)
     steps = _Steps()
     trainer.add_callback(steps)

@@ -77,19 +77,19 @@ def modules_fingerprint(modules: Mapping[str, torch.nn.Module]) -> str:
     for part, module in sorted(modules.items()):
         for name, tensor in sorted(module.state_dict().items()):
             digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            for plain in _plain_tensors(tensor):
+            for plain in plain_tensors(tensor):
                 # As bytes, because numpy knows no bfloat16.
                 digest.update(plain.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """What a tensor subclass, such as torchao's quantized weights, is made of; a plain tensor itself."""
     if not is_traceable_wrapper_subclass(tensor):
         yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:
-        yield from _plain_tensors(getattr(tensor, name))
+        yield from plain_tensors(getattr(tensor, name))
 
 
 def encoders_fingerprint(encoders: "Family") -> str:

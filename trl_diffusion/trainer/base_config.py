@@ -16,6 +16,44 @@ from ..likelihood import TIMESTEP_SAMPLINGS, WEIGHTINGS
 from ..redaction import redacted
 
 
+# Lowest value, whether it is allowed itself, the value from which on it is too large, whether it must be whole.
+_COUNT, _FROM_ZERO, _POSITIVE = (1, True, math.inf, True), (0, True, math.inf, False), (0, False, math.inf, False)
+_NUMBERS = {
+    **dict.fromkeys(
+        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps ddp_timeout num_ref_draws "
+        "save_total_limit eval_accumulation_steps torch_empty_cache_steps dataloader_prefetch_factor "
+        "ddp_bucket_cap_mb validation_steps num_validation_images validation_inference_steps "
+        "error_growth_patience".split(),
+        _COUNT,
+    ),
+    **dict.fromkeys(
+        "learning_rate weight_decay adam_epsilon max_grad_norm warmup_steps eval_delay error_growth_limit "
+        "validation_guidance_scale".split(),
+        _FROM_ZERO,
+    ),
+    **dict.fromkeys("num_train_epochs logging_steps save_steps eval_steps".split(), _POSITIVE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, True, 1, False)),
+    "dataloader_num_workers": (0, True, math.inf, True),
+    "seed": (0, True, 2**32, True),  # numpy's
+    "data_seed": (0, True, 2**63, True),
+}
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises `ValueError` where a number is outside of what an option of [`DiffusionConfig`] allows."""
+    low, closed, end, whole = _NUMBERS[name]
+    try:
+        number = value if isinstance(value, int) else float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"`{name}` must be a number, found {value!r}.") from None
+    if not (low <= number < end and (closed or number != low)):
+        expected = f"at least {low}" if closed else f"above {low}"
+        expected += f" and below {end}" if end < math.inf else "" if whole else " and finite"
+        raise ValueError(f"`{name}` must be {expected}, found {value}.")
+    if whole and number != int(number):
+        raise ValueError(f"`{name}` must be a whole number, found {value}.")
+
+
 @dataclass(repr=False)
 class DiffusionConfig(_BaseConfig):
     r"""
@@ -147,6 +185,12 @@ class DiffusionConfig(_BaseConfig):
         error_growth_action (`str`, *optional*, defaults to `"warn"`):
             Whether to `"warn"` then, or to `"stop"` the training.
 
+        > Parameters that control the output folder
+
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Whether a training that starts in a folder with checkpoints or weights of another run deletes them, with
+            that run's card, samples and record. Other files stay. Without it such a folder is refused.
+
         > Parameters whose defaults differ from [`~transformers.TrainingArguments`]
 
         bf16 (`bool`, *optional*):
@@ -277,6 +321,11 @@ class DiffusionConfig(_BaseConfig):
         default=False, metadata={"help": "Refused: columns that the method does not read are never loaded anyway."}
     )
 
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Whether to delete what another run left in `output_dir`, instead of refusing to start."},
+    )
+
     # A method that takes statistics over a window has a field of this name; one with a reference, of the other.
     window: ClassVar[str | None] = None
     sync_ref_model: ClassVar[bool] = False
@@ -307,6 +356,14 @@ class DiffusionConfig(_BaseConfig):
         if self.bf16 is None and not torch.accelerator.is_available():
             # TRL's default of True is refused by TrainingArguments on a machine without an accelerator.
             self.bf16 = False
+        # Before engines and libraries divide by them.
+        for name in _NUMBERS:
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name))
+        if self.max_steps != -1 and not (isinstance(self.max_steps, int) and self.max_steps >= 1):
+            raise ValueError(
+                f"`max_steps` must be at least 1, or -1 to train `num_train_epochs`, found {self.max_steps}."
+            )
         super().__post_init__()
         precision = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"
         if launched not in ("no", precision):
@@ -345,8 +402,6 @@ class DiffusionConfig(_BaseConfig):
             raise ValueError(
                 f"`features_dtype={self.features_dtype!r}` belongs to `cache_features=True`: set that, or drop it."
             )
-        if self.num_ref_draws is not None and self.num_ref_draws < 1:
-            raise ValueError(f"`num_ref_draws` must be at least 1, found {self.num_ref_draws}.")
         self._check_choices(
             features_dtype=(None, "float32", "bfloat16", "float16"),
             weighting=WEIGHTINGS,
@@ -385,16 +440,11 @@ class DiffusionConfig(_BaseConfig):
                 "Found both `ema_export=True` and `load_best_model_at_end=True`, expected one answer to which "
                 "weights are saved at the end: leave one of them out."
             )
-        for name in ("validation_steps", "num_validation_images", "validation_inference_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, found {getattr(self, name)}.")
         if self.validation_prompts is not None and not isinstance(self.validation_prompts, list):
             raise ValueError(
                 f"`validation_prompts` must be a list, found {self.validation_prompts!r}: put it in brackets."
             )
         self._check_choices(error_growth_action=("warn", "stop"))
-        if self.error_growth_patience < 1:
-            raise ValueError(f"`error_growth_patience` must be at least 1, found {self.error_growth_patience}.")
         if self.error_growth_limit is None:
             for name, default in (("error_growth_patience", 3), ("error_growth_action", "warn")):
                 if getattr(self, name) != default:
@@ -402,11 +452,6 @@ class DiffusionConfig(_BaseConfig):
                         f"`{name}={getattr(self, name)!r}` belongs to `error_growth_limit`, found None: set that too, "
                         "for example to 0.1."
                     )
-        elif not 0 <= self.error_growth_limit < math.inf:
-            raise ValueError(
-                f"`error_growth_limit` must be at least 0 and finite, found {self.error_growth_limit}: 0.1 is 10 % "
-                "over the reference."
-            )
         # What Trainer offers and a diffusion model cannot use is refused rather than ignored.
         unusable = {
             "neftune_noise_alpha": self.neftune_noise_alpha is not None,

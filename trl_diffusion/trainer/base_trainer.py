@@ -39,6 +39,7 @@ from ..reference import Reference, SyncReferenceCallback, precomputed_errors
 from .base_config import DiffusionConfig
 from .metrics import Metrics, MetricSums
 from .policy import allow_checkpointing, choose_kernels, compile_blocks, make_policy, modules_known
+from .run import Run, check_writable, data_fingerprint, model_fingerprint, weights_fingerprint
 from .saving import SavingTrainer
 
 
@@ -151,6 +152,7 @@ class DiffusionTrainer(SavingTrainer):
         if not isinstance(args, self.config_class):
             raise TypeError(f"`args` must be a {self.config_class.__name__}, found {type(args).__name__}.")
         engines.check_processes(args)
+        engines.on_first_rank(lambda: check_writable(args.output_dir))
         if quantization_config is not None and peft_config is None:
             raise ValueError(
                 "Found `quantization_config` without `peft_config`: quantized weights cannot be trained; pass a "
@@ -177,6 +179,7 @@ class DiffusionTrainer(SavingTrainer):
         self.check_batch_size(args)
         self.check_computed_once(args)
         self.num_train_rows = len(train_dataset) if has_length(train_dataset) else None
+        self._contents = data_fingerprint(train_dataset, self.columns + self.feature_columns)
         engines.check_ranks_agree(self._shared_settings(args, train_dataset, eval_dataset, peft_config))
 
         # Model. PEFT draws the adapter's start at random, so the seed is set before.
@@ -205,11 +208,13 @@ class DiffusionTrainer(SavingTrainer):
             )
         if args.precompute_ref_log_probs:  # before the denoiser may carry an adapter
             self._ref_fingerprint = modules_fingerprint({"reference": ref_model or self.family.denoiser})
+        base = weights_fingerprint(self.family)
         for denoiser in filter(None, (self.family.denoiser, ref_model)):
             choose_kernels(denoiser, args)
         policy = make_policy(self.family, peft_config, args, self.base_model_id)
         if ref_model is not None and type(ref_model).__name__ != self.family.denoiser_class:
             raise TypeError(f"`ref_model` must be a {self.family.denoiser_class}, found {type(ref_model).__name__}.")
+        reference = None if ref_model is None else model_fingerprint(ref_model)
         if args.disable_dropout:
             for module in filter(None, (policy, ref_model)):
                 disable_dropout_in_model(module)
@@ -258,6 +263,7 @@ class DiffusionTrainer(SavingTrainer):
             callbacks=[*([] if self.ema is None else [self.ema]), *(callbacks or [])],
             optimizers=optimizers,
         )
+        self.run = Run(self, base, reference, self._contents)
         engines.set_up(self.accelerator, self.family.denoiser, args)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -357,7 +363,11 @@ class DiffusionTrainer(SavingTrainer):
             "`peft_config`": None if peft_config is None else str(peft_config),
             "the number of training rows": rows(train_dataset),
             "the columns of the training data": sorted(train_dataset.column_names or ()),
+            "the contents of the training data": self._contents,
             "the number of evaluation rows": {name: rows(part) for name, part in evaluation.items()},
+            "the contents of the evaluation data": {
+                name: data_fingerprint(part, self.columns) for name, part in evaluation.items() if part is not None
+            },
         }
 
     @contextmanager
@@ -827,30 +837,39 @@ class DiffusionTrainer(SavingTrainer):
         self._means: dict[str, float] = {}
         self._step_values = []
         self._micro_batch = -1
-        # A loss that is not finite is noticed at the next log or checkpoint, without a synchronisation per step.
+        # A loss or gradient that is not finite is noticed at the next log or checkpoint: no synchronisation per step.
         self._first_bad_step = torch.tensor(torch.inf, device=self.accelerator.device)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self._micro_batch += 1
         loss = super().training_step(model, inputs, num_items_in_batch)
-        step = torch.full_like(self._first_bad_step, self.state.global_step + 1)
-        self._first_bad_step = torch.where(loss.isfinite(), self._first_bad_step, self._first_bad_step.minimum(step))
+        self._watch(loss)
         return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # In fp16 the scaler looks for a scale at which gradients are finite, and leaves out the steps until then.
+        if grad_norm is not None and self.accelerator.scaler is None:
+            self._watch(grad_norm)
+        return grad_norm
+
+    def _watch(self, value: torch.Tensor | float) -> None:
+        finite = torch.as_tensor(engines.gathered(value), device=self._first_bad_step.device).isfinite()
+        step = torch.full_like(self._first_bad_step, self.state.global_step + 1)
+        self._first_bad_step = torch.where(finite, self._first_bad_step, self._first_bad_step.minimum(step))
 
     def _stop_if_not_finite(self) -> None:
         step = self.accelerator.gather(self._first_bad_step.reshape(1)).min().item()
         if step != torch.inf:
             raise FloatingPointError(
-                f"The loss stopped being finite at step {int(step)}: lower `learning_rate` or `beta`, or set "
-                f"`bf16=True` instead of `fp16=True`; checkpoints in {self.args.output_dir} are from before."
+                f"The loss or its gradient stopped being finite at step {int(step)}: lower `learning_rate` or `beta`, "
+                f"or set `bf16=True` instead of `fp16=True`; checkpoints in {self.args.output_dir} are from before."
             )
 
     def train(self, *args, **kwargs):
         self._start_statistics()
         with modules_known(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)):
-            output = super().train(*args, **kwargs)
-        self._stop_if_not_finite()
-        return output
+            return super().train(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         if self.control.should_log or self.control.should_save or self.control.should_evaluate:

@@ -1,5 +1,6 @@
 """What of a training reaches the disk and the Hub: checkpoints, weights, the model card."""
 
+import math
 import os
 import shutil
 from contextlib import nullcontext
@@ -8,14 +9,15 @@ from pathlib import Path
 import torch
 from accelerate.utils import is_peft_model
 from safetensors import SafetensorError
-from transformers.trainer import SCHEDULER_NAME, PushInProgress, hf_api, rotate_checkpoints
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer import SCHEDULER_NAME, PushInProgress, hf_api
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from trl.trainer.base_trainer import _BaseTrainer
 
 from .. import card, engines, files, hub
 from ..ema import EMACallback
 from ..families import Family
 from ..reference import Reference
+from .run import Run, damage_named
 
 
 class SavingTrainer(_BaseTrainer):
@@ -27,10 +29,16 @@ class SavingTrainer(_BaseTrainer):
     family: Family
     reference: Reference | None
     ema: EMACallback | None
+    run: Run
 
     # The folder of a checkpoint that is being written.
     _staging: str | None = None
     push_in_progress: PushInProgress | None = None
+    _first_bad_step: torch.Tensor
+
+    def _stop_if_not_finite(self) -> None:
+        """Raises `FloatingPointError` on all ranks where a loss or a gradient was not finite."""
+        raise NotImplementedError
 
     def _get_output_dir(self, trial) -> str:
         return self._staging or super()._get_output_dir(trial)
@@ -40,6 +48,8 @@ class SavingTrainer(_BaseTrainer):
         output_dir = Path(super()._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staging = output_dir / files.INCOMPLETE
+        self.run.check_still_ours()
+        self._check_weights()
         try:
             if self.args.should_save:
                 self.create_model_card()
@@ -54,6 +64,7 @@ class SavingTrainer(_BaseTrainer):
                 self.state.best_model_checkpoint = str(output_dir / name)
             if self.args.should_save:
                 self.state.save_to_json(str(staging / name / "trainer_state.json"))
+                self.run.record_checkpoint(staging / name)
                 files.put_in_place(staging / name, output_dir / name)
         # A full disk is an OSError to Python, an error of its own to safetensors, and a RuntimeError to torch.
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -70,16 +81,71 @@ class SavingTrainer(_BaseTrainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(output_dir / name))
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(output_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
+            self.run.rotate(output_dir / name, self.state.best_model_checkpoint)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
+        """As [`~transformers.Trainer.train`]; see [`Run.started`]. A run that is finished is loaded, and no more."""
+        with self.run.started(resume_from_checkpoint) as checkpoint:
+            if checkpoint is not None and self._load_finished(checkpoint):
+                return TrainOutput(self.state.global_step, math.nan, {})
+            output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+            self._stop_if_not_finite()
+            self._check_weights()
+            self.run.finish(self.state.global_step, self.state.max_steps)
+        return output
+
+    def _load_finished(self, checkpoint: Path) -> bool:
+        """Loads a run of which nothing is left to train; False, and does nothing, if there is something."""
+        epochs, steps_per_epoch, *_, max_steps = self.set_initial_training_values(
+            self.args, self.get_train_dataloader()
+        )
+        best = self.args.load_best_model_at_end
+        if not engines.on_first_rank(lambda: self.run.is_finished(checkpoint, max_steps, best)):
+            return False
+        self._init_training_state(max_steps, steps_per_epoch, epochs, str(checkpoint), None)
+        self._load_from_checkpoint(str(checkpoint))
+        self._load_beside_weights(checkpoint)
+        if best and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        self._rotate_at_end(checkpoint)
+        self.accelerator.print(
+            f"The run in {self.args.output_dir} is finished: its last checkpoint is of step {self.state.global_step} "
+            f"of {max_steps}, and nothing is left to train."
+        )
+        return True
+
+    def _finalize_training(self, *args, **kwargs):
+        # transformers deletes checkpoints here, see `Run.rotate`.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            output = super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+        self._rotate_at_end(Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
+        return output
+
+    def _rotate_at_end(self, last: Path) -> None:
+        """As transformers does: where one checkpoint is kept and the best is known, it is that one."""
+        best = self.state.best_model_checkpoint
+        if self.args.should_save:
+            only_best = best is not None and self.args.save_total_limit == 1
+            self.run.rotate(Path(best) if only_best else last, best)
+
+    @torch.no_grad()
+    def _check_weights(self) -> None:
+        """Raises `FloatingPointError` on all ranks where a trained weight is not finite."""
+        policy = engines.at_rest(self.model_wrapped, self.accelerator)
+        parts = [part for part in engines.local_parts(policy, trained=True) if part.is_floating_point()]
+        bad = torch.zeros_like(self._first_bad_step)
+        for part in parts:
+            bad += (~part.isfinite()).any().to(bad.device)
+        if self.accelerator.gather(bad.reshape(1)).any():
+            raise FloatingPointError(
+                f"The weights are not finite after step {self.state.global_step}: lower `learning_rate`; nothing of "
+                f"this step is saved, and checkpoints in {self.args.output_dir} are from before."
             )
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        if resume_from_checkpoint is not None:
-            engines.check_checkpoint(resume_from_checkpoint, self.accelerator)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if resume_from_checkpoint is not None:
             self._load_beside_weights(Path(resume_from_checkpoint))
@@ -96,13 +162,6 @@ class SavingTrainer(_BaseTrainer):
                 self._save(str(checkpoint / hub.EMA))
 
     def _load_beside_weights(self, checkpoint: Path) -> None:
-        parts = {hub.REFERENCE: ("sync_ref_model", self.args.sync_ref_model), hub.EMA: ("ema_decay", bool(self.ema))}
-        for name, (option, wanted) in parts.items():
-            if (checkpoint / name).is_dir() != wanted:
-                raise ValueError(
-                    f"Found {'no' if wanted else 'a'} folder {name!r} in {checkpoint}, which goes with `{option}`: "
-                    "resume with the first run's value."
-                )
         if self.args.sync_ref_model and self.reference is not None:
             hub.load_weights(self.reference.at_rest(), checkpoint / hub.REFERENCE)
         if self.ema is not None:
@@ -111,8 +170,13 @@ class SavingTrainer(_BaseTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As [`~transformers.Trainer.save_model`], in one way under every engine; `ema_export` saves the average."""
         ema = self.ema if self.args.ema_export and self._staging is None else None
-        with nullcontext() if ema is None else ema.in_place_of_the_weights():
+        if self._staging is not None:  # of a checkpoint
             self._save(output_dir)
+        else:
+            folder = Path(output_dir or self.args.output_dir)
+            with self.run.saving(folder), nullcontext() if ema is None else ema.in_place_of_the_weights():
+                self._check_weights()
+                self._save(str(folder))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -138,7 +202,20 @@ class SavingTrainer(_BaseTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         policy = engines.at_rest(self.model_wrapped if model is None else model, self.accelerator)
-        hub.load_policy(policy, self.family, resume_from_checkpoint)
+        with damage_named(resume_from_checkpoint):
+            hub.load_policy(policy, self.family, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with damage_named(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with damage_named(checkpoint):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with damage_named(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
