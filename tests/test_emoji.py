@@ -130,6 +130,27 @@ def test_study(tmp_path, monkeypatch):
     assert (tmp_path / "comparison.png").is_file()
 
 
+@pytest.mark.slow
+def test_study_of_draws(tmp_path, monkeypatch):
+    """As short as can be; what is measured once is not measured again."""
+    import study
+
+    few = study.load_dataset(str(study.HERE / "data"), "feedback", split="train").select(range(8))
+    monkeypatch.setattr(study, "load_dataset", lambda *args, **kwargs: few)
+    monkeypatch.setattr(study, "IMAGES_PER_STEP", 4)
+    monkeypatch.setattr(study, "DRAWS_STEPS", 5)
+    monkeypatch.setattr(study, "SEEDS", (0,))
+    monkeypatch.setattr(study, "NUM_DRAWS", (1, None))
+    args = argparse.Namespace(work=tmp_path / "work", results=tmp_path)
+    study.draws(args)
+    table = (tmp_path / "draws.md").read_text()
+    rows = [line.split(" | ")[0] for line in table.splitlines()]
+    assert rows == ["| draws", "| ---", "| 1", "| all"]
+    monkeypatch.setattr(study, "load_dataset", lambda *args, **kwargs: few.select(range(0)))
+    study.draws(args)
+    assert (tmp_path / "draws.md").read_text() == table
+
+
 def test_cyanotypes(drawings):
     """The closed-form judge on what it was made for, on the drawings, and on known answers."""
     from styles import PRUSSIAN_BLUE, cyanotype, is_cyanotype
