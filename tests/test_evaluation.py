@@ -792,7 +792,7 @@ def test_a_resumed_run_remembers_its_start(sd_folder, tmp_path):
         assert history(resumed, name) == history(whole, name)
     assert list(history(resumed, "eval_score/light")) == [0, 2, 3]
 
-    other = make_trainer(sd_folder, tmp_path, **saving)
+    other = make_trainer(sd_folder, tmp_path, max_steps=4, **saving)
     add_win_rates(other, seed=6)
     with pytest.raises(ValueError, match=r"Found other settings of the callback in .*win_rate.json, expected"):
         other.train(resume_from_checkpoint=True)
