@@ -450,5 +450,5 @@ def test_accelerate_configuration_by_file(tmp_path):
 
 @pytest.mark.parametrize("options", [["--accelerate_config", "zero9"], ["--accelerate_config"]])
 def test_unknown_accelerate_configuration_is_refused(options):
-    with pytest.raises(ValueError, match=r"found `--accelerate_config .*expected a file or one of \['fsdp2'"):
+    with pytest.raises(ValueError, match=r"Found `--accelerate_config .*expected a file or one of \['fsdp2'"):
         resolve_accelerate_config(options)

@@ -151,7 +151,7 @@ ATTRIBUTES = {
     "transformers.integrations.WandbCallback._wandb": "attribute",
 }
 # Python's own, of named tuples.
-NAMED_TUPLE = {"_asdict", "_replace"}
+NAMED_TUPLE = {"_asdict", "_fields", "_replace"}
 
 
 # ---- What we use ----------------------------------------------------------------------------------------------------

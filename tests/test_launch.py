@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -179,7 +180,7 @@ def test_precision_follows_the_training(eight_devices, name, precision):
     plan.check(config(**{} if precision == "no" else {precision: True}))
     assert plan.args.mixed_precision == precision
     wrong = Launch(["--accelerate_config", name, "--mixed_precision", "fp8"])
-    with pytest.raises(ValueError, match="Found `--mixed_precision fp8` and a training with"):
+    with pytest.raises(ValueError, match="Found `mixed_precision` fp8 and a training with"):
         wrong.check(config(**{} if precision == "no" else {precision: True}))
 
 
@@ -233,6 +234,23 @@ def test_what_is_started(request, options, machine, expected):
 def test_launches_that_are_refused(eight_devices, options, changes, message):
     with pytest.raises((ValueError, yaml.YAMLError), match=message):
         Launch(options).check(config(**changes))
+
+
+def test_a_cpu_is_one_process(monkeypatch, eight_devices):
+    """Where accelerate would count GPUs, which are not used."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    for use_cpu, expected in ((False, (8, "multi_gpu")), (True, (1, None))):
+        plan = Launch([])
+        plan.check(config(use_cpu=use_cpu))
+        assert (plan.processes, plan.engine, plan.in_place(config(use_cpu=use_cpu))) == (*expected, use_cpu)
+
+
+def test_fp8_of_a_configuration(tmp_path, eight_devices):
+    file = ROOT / "trl_diffusion" / "accelerate_configs" / "multi_gpu.yaml"
+    (tmp_path / "mine.yaml").write_text(file.read_text().replace("mixed_precision: bf16", "mixed_precision: fp8"))
+    with pytest.raises(ValueError, match="Found `mixed_precision` fp8 and a training with bf16=True"):
+        Launch(["--accelerate_config", str(tmp_path / "mine.yaml")]).check(config(bf16=True))
 
 
 @pytest.mark.parametrize("name", ["multi_gpu", "zero2", "fsdp2"])
@@ -375,11 +393,12 @@ def test_the_command_as_a_rank(monkeypatch, refused):
     """`torchrun --no-python trl-diffusion kto`: it starts nothing itself."""
     begun = []
     monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setattr(training, "train", lambda *args: begun.append(args))
+    monkeypatch.setattr(training, "train", lambda *args: begun.append(args[0]))
+    monkeypatch.setattr(training.TrainingParser, "parse_own", lambda self, words: ())
     monkeypatch.setattr(Launch, "start", lambda *args: begun.append("start"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
     main(["kto", *REQUIRED])
-    assert begun[0][0] is DiffusionKTOTrainer
+    assert begun == [DiffusionKTOTrainer]
     assert "Found `num_processes`, which starts processes" in refused("kto", *REQUIRED, "--num_processes", "2")
 
 
@@ -512,23 +531,22 @@ def test_two_processes_on_a_cpu(tmp_path):
     assert "| processes | 2, DDP |" in (tmp_path / "out" / "README.md").read_text()
 
 
-def group(leader: int) -> set[int]:
-    """The processes of a group that have not ended."""
+def marked(mark: str) -> set[int]:
+    """The processes with a word in their environment that have not ended; each rank has its own session."""
     alive = set()
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            if mark.encode() in (entry / "environ").read_bytes():  # empty once it has ended
+                alive.add(int(entry.name))
         except OSError:
             continue
-        if int(fields[2]) == leader and fields[0] != "Z":
-            alive.add(int(entry.name))
     return alive
 
 
 def wait_for(what, seconds: float):
     """Polls, because nothing tells."""
     end = time.monotonic() + seconds
-    while not (Found := what()) and time.monotonic() < end:
+    while not (found := what()) and time.monotonic() < end:
         time.sleep(0.05)
     return found
 
@@ -539,27 +557,26 @@ def wait_for(what, seconds: float):
     ("name", "when"), [("SIGTERM", "start"), ("SIGINT", "start"), ("SIGHUP", "start"), ("SIGKILL", "training")]
 )
 def test_signals_end_every_process(tmp_path, name, when):
-    """To the command alone, not to its group, as a shell's Ctrl-C would; ranks are hit while they import, or train."""
+    """Sent to the command alone; its ranks are importing, or training."""
+    mark = uuid.uuid4().hex
     command = [*COMMAND, "--cpu", "--num_processes", "2", *options(tmp_path), "--max_steps", "100000"]
     process = subprocess.Popen(
         [*map(str, command), "--logging_steps", "1"],
         cwd=ROOT,
-        env=environment(tmp_path),
+        env=environment(tmp_path) | {"MARK": mark},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        start_new_session=True,
     )
     try:
-        assert wait_for(lambda: len(group(process.pid)) >= 3, 120)
+        assert wait_for(lambda: len(marked(mark)) >= 3, 200)
         if when == "training":
             assert any("'loss'" in line for line in process.stdout)
         number = getattr(signal, name)
         os.kill(process.pid, number)
         assert process.wait(60) == (-number if name == "SIGKILL" else 128 + number)
-        assert wait_for(lambda: not group(process.pid), 60), group(process.pid)
+        assert wait_for(lambda: not marked(mark), 60), marked(mark)
     finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        for left in marked(mark):
+            os.kill(left, signal.SIGKILL)
+        process.communicate()

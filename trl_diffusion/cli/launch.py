@@ -106,6 +106,7 @@ class Launch:
         # It tells which defaults it has used, which the user of this command does not have to give.
         logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)
         given = args.nondefault - {"training_script", "training_script_args"}
+        self._is_counted = "num_processes" in given
         self.mixed_precision: str | None = args.mixed_precision
         try:
             args, defaults, _ = _validate_launch_command(args)
@@ -114,6 +115,10 @@ class Launch:
                 f"Found {args.config_file}, expected a configuration that `accelerate config` could have written"
             ) from error
         self.args = args
+        if defaults is not None:
+            self._is_counted = True
+            if defaults.mixed_precision == "fp8":
+                self.mixed_precision = "fp8"
         self._deepspeed_fields = list(defaults.deepspeed_config) if defaults is not None else []
         self.engine = next((name for name in ("use_deepspeed", "use_fsdp", "multi_gpu") if getattr(args, name)), None)
         for name in ("tpu", "use_megatron_lm", "mpirun_hostfile"):
@@ -135,12 +140,8 @@ class Launch:
                 "process (distributed_type 'NO'); set `--num_processes 1`, or name another `--accelerate_config`"
             )
         self._check_machines()
-        self._plain = (
-            self.engine is None
-            and given <= _IN_PLACE
-            and args.gpu_ids in (None, "all")
-            and args.dynamo_backend == "no"
-            and not args.debug
+        self._needs_launcher = not (
+            given <= _IN_PLACE and args.gpu_ids in (None, "all") and args.dynamo_backend == "no" and not args.debug
         )
 
     def _check_machines(self) -> None:
@@ -167,6 +168,9 @@ class Launch:
         Args:
             training_args ([`DiffusionConfig`]): The training's configuration.
         """
+        if training_args.use_cpu and not self._is_counted:  # accelerate would start one for each GPU
+            self.processes = self.args.num_processes = 1
+            self.engine = None
         engine = self.engine or next((name for name in ("deepspeed", "fsdp") if getattr(training_args, name)), None)
         if engine is not None and "fsdp" in engine and training_args.use_cpu:
             raise ValueError("Found FSDP on a CPU, where accelerate shards nothing; use `multi_gpu` (DDP)")
@@ -186,15 +190,16 @@ class Launch:
         precision = "fp16" if training_args.fp16 else "bf16" if training_args.bf16 else "no"
         if self.mixed_precision not in (None, precision):
             raise ValueError(
-                f"Found `--mixed_precision {self.mixed_precision}` and a training with bf16={training_args.bf16} and "
-                f"fp16={training_args.fp16}; leave `--mixed_precision` out and set `--bf16` or `--fp16`"
+                f"Found `mixed_precision` {self.mixed_precision} and a training with bf16={training_args.bf16} and "
+                f"fp16={training_args.fp16}; leave it out and set `--bf16` or `--fp16`"
             )
         self.args.mixed_precision = precision
 
     def in_place(self, training_args) -> bool:
         """Whether this process can train by itself."""
-        several = not training_args.use_cpu and torch.accelerator.device_count() > 1
-        return self.processes == 1 and self._plain and not several and not training_args.deepspeed
+        several = not training_args.use_cpu and torch.accelerator.device_count() > 1  # DataParallel
+        engine = self.engine or training_args.deepspeed
+        return self.processes == 1 and not engine and not several and not self._needs_launcher
 
     def start(self, method: str, words: list[str], prog: str) -> None:
         """

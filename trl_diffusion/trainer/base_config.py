@@ -313,10 +313,8 @@ class DiffusionConfig(_BaseConfig):
                 "`bf16=True` with `use_cpu=True`."
             )
         if isinstance(self.resume_from_checkpoint, str):
-            word = self.resume_from_checkpoint.lower()
-            self.resume_from_checkpoint = {"true": True, "latest": True, "false": None}.get(
-                word, self.resume_from_checkpoint
-            )
+            words: dict[str, Any] = {"true": True, "latest": True, "false": None}
+            self.resume_from_checkpoint = words.get(self.resume_from_checkpoint.lower(), self.resume_from_checkpoint)
         elif self.resume_from_checkpoint is False:
             self.resume_from_checkpoint = None
         if self.resolution is not None:
