@@ -27,7 +27,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from .families import Family, family_class, load_pipeline
+from .families import Family, family_class, load_pipeline, read_index
 from .files import written_whole
 from .hub import (
     base_model_of,
@@ -554,8 +554,8 @@ def load_merged(name: Path_, base_model: str | None = None, **kwargs: Any) -> Di
         return load_trained(name, base_model=base_model, **kwargs)
     base = base_model_of(name, base_model)
     with naming_the_base(name, base):
+        denoiser_name = family_class(read_index(base, **kwargs)["_class_name"]).denoiser_name
         pipeline = load_pipeline(base, **kwargs)
-    denoiser_name = family_class(type(pipeline).__name__).denoiser_name
     policy = PeftModel.from_pretrained(getattr(pipeline, denoiser_name), name)
     try:
         merged = policy.merge_and_unload()
@@ -653,8 +653,8 @@ def load_exported(file: Path_, base_model: str | None = None, **kwargs: Any) -> 
         pipeline_class = getattr(diffusers, index["_class_name"])
         return pipeline_class.from_single_file(file, config=base, dtype=dtype, **kwargs)
     with naming_the_base(file, base):
+        denoiser_name = family_class(read_index(base, **kwargs)["_class_name"]).denoiser_name
         pipeline: Any = load_pipeline(base, **kwargs)
-    denoiser_name = family_class(type(pipeline).__name__).denoiser_name
     if layout != "diffusers" and denoiser_name == "unet":
         _load_for_unet(file, layout, pipeline)
         return pipeline

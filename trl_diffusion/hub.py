@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
 from . import engines
-from .families import Family, family_class, load_pipeline
+from .families import Family, family_class, load_pipeline, read_index
 from .files import written_whole
 from .redaction import redacted
 
@@ -399,8 +399,8 @@ def load_trained(name: str, base_model: str | None = None, **kwargs: Any) -> Dif
     config = PeftConfig.from_pretrained(name)
     base = base_model_of(name, base_model)
     with naming_the_base(name, base):
+        family = family_class(read_index(base, **kwargs)["_class_name"])
         pipeline = load_pipeline(base, **kwargs)
-    family = family_class(type(pipeline).__name__)
     denoiser = getattr(pipeline, family.denoiser_name)
     if loads_as_diffusers_lora(config, family) and os.path.isfile(os.path.join(name, LORA_FILE)):
         pipeline.load_lora_weights(name, weight_name=LORA_FILE)

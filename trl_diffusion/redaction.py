@@ -121,7 +121,8 @@ def hide(words: list[str]) -> list[str]:
     Args:
         words (`list[str]`): The command line of the process to be started.
     """
-    kept, hidden = [], []
+    kept: list[str] = []
+    hidden: list[str] = []
     for option in _options(words):
         (kept if _clean(option) == option else hidden).extend(option)
     if hidden:

@@ -223,7 +223,7 @@ class Recipe:
         """
         given = read_config([file])
         config_class = getattr(trl_diffusion, f"{METHODS[method]}Config")
-        defaults = {f.name: f.default for kind in (ModelArguments, config_class) for f in fields(kind)}
+        defaults: dict[str, Any] = {f.name: f.default for kind in (ModelArguments, config_class) for f in fields(kind)}
         options = defaults | given
         known = {
             *defaults,

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
 
@@ -150,7 +150,7 @@ class OneLineMixin:
     strict = True
     """Whether an unknown option is refused; it may be another program's."""
     _option_string_actions: dict[str, argparse.Action]
-    _subparsers: object
+    _subparsers: Any
 
     def parse_known_args(self, args=None, namespace=None):
         # Before argparse: it would ask for the required option that is spelled wrongly.

@@ -101,6 +101,8 @@ def read_index(model: str, **kwargs: Any) -> dict[str, Any]:
     Raises:
         `ValueError`: if `model` is a local folder that holds no diffusers pipeline.
     """
+    redacted(kwargs)  # remembers the secrets, of which diffusers logs those that it does not know
+    redact_logs()
     _check_folder(model)
     index: Any = DiffusionPipeline.load_config(model, **_which_files(kwargs))
     return index
@@ -182,7 +184,7 @@ def load_pipeline(model: str, **kwargs: Any) -> DiffusionPipeline:
     Raises:
         `ValueError`: if `model` is a local folder that holds no diffusers pipeline.
     """
-    redacted(kwargs)  # remembers the secrets, of which diffusers logs those that it does not know
+    redacted(kwargs)
     redact_logs()
     _check_folder(model)
     dtype = kwargs.pop("dtype", None) or torch.float32
