@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from PIL import Image
 
@@ -184,3 +185,13 @@ def test_files_for_others_name_no_path(place):
     """Of the two that diffusers reads, this one is made to be shared."""
     assert str(place).encode() not in (place / "run" / "pytorch_lora_weights.safetensors").read_bytes()
     assert (place / "run" / "adapter_config.json").read_text().count(str(place)) == 1
+
+
+@pytest.mark.parametrize("load", [load_trained, load_merged])
+def test_a_base_of_an_unknown_class_is_refused_before_it_is_loaded(place, tmp_path, monkeypatch, load):
+    shutil.copytree(place / "base", tmp_path / "base")
+    index = json.loads((tmp_path / "base" / "model_index.json").read_text())
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps(index | {"_class_name": "KandinskyPipeline"}))
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *args, **kwargs: pytest.fail("it was loaded"))
+    with pytest.raises(ValueError, match=r"KandinskyPipeline.*expected one of"):
+        load(str(place / "run"), base_model=str(tmp_path / "base"))
