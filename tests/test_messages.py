@@ -336,6 +336,16 @@ def test_how_a_command_ends(error, code, capsys):
     assert capsys.readouterr().err == expected[code]
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["MLflowCallback requires mlflow to be installed. Run `pip install mlflow`.", "No GPU found. A GPU is needed."],
+)
+def test_what_a_machine_lacks_is_one_line(capsys, text):
+    with pytest.raises(SystemExit, match="2"), one_line_errors("trl-diffusion kto"):
+        raise RuntimeError(text)
+    assert capsys.readouterr().err == f"trl-diffusion kto: error: {text}\n"
+
+
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(KeyError), one_line_errors("trl-diffusion kto"):
         raise KeyError("x")

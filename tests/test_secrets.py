@@ -272,6 +272,6 @@ def test_a_training_leaves_no_secret_behind(place, case):
         assert process.returncode == 0, err[-3000:]
         assert any("rank.py" in line for line in children)
         assert MARK in files["out/training_args.json"]
-    # Each tracker has written, and the search looks into what it wrote.
-    for tracker in ("wandb/", "trackio/", "runs/"):
+    # Each tracker has written, and the search looks into what it wrote; trackio writes late, and not after a crash.
+    for tracker in ("wandb/", "runs/", *(["trackio/"] if case != "crash" else [])):
         assert any(tracker in name and VISIBLE in text for name, text in files.items()), (tracker, sorted(files))

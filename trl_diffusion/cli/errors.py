@@ -24,6 +24,9 @@ DEBUG = "TRL_DIFFUSION_DEBUG"
 # What the library raises about its input. Anything else is a bug, whose traceback is wanted.
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, yaml.YAMLError)
 
+# What transformers and diffusers raise where a tracker's package, or a GPU for 4 bits, is missing.
+_LACKING = re.compile(r"requires \S+ to be installed|No GPU found")
+
 
 @contextmanager
 def one_line_errors(prog: str) -> Iterator[None]:
@@ -48,7 +51,10 @@ def one_line_errors(prog: str) -> Iterator[None]:
             print(redacted(traceback.format_exc()), file=sys.stderr)
         print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)  # which a tracker may watch
-    except Exception:
+    except Exception as error:
+        if isinstance(error, RuntimeError) and _LACKING.search(str(error)):
+            print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
+            sys.exit(2)
         trace = traceback.format_exc()
         if (clean := redacted(trace)) == trace:
             raise
