@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from .. import markdown
 from .statistics import Comparison, Estimate, Scores, compare, median_win_rate
 
 
@@ -87,11 +88,10 @@ def _explanation(evaluation: Evaluation) -> str:
 
 def as_markdown(evaluation: Evaluation, comparisons: dict[str, Comparison]) -> str:
     """A table, and what its numbers mean."""
-    escape = lambda cell: cell.replace("|", "\\|")  # noqa: E731
-    head, *rows = [f"| {' | '.join(map(escape, row))} |" for row in _rows(comparisons)]
+    head, *rows = [f"| {' | '.join(map(markdown.text, row))} |" for row in _rows(comparisons)]
     rule = "|---" * len(_rows(comparisons)[0]) + "|"
-    title = f"# {evaluation.model} against {evaluation.baseline}"
-    return "\n".join([title, "", head, rule, *rows, "", _explanation(evaluation), ""])
+    title = f"# {markdown.text(f'{evaluation.model} against {evaluation.baseline}')}"
+    return "\n".join([title, "", head, rule, *rows, "", markdown.text(_explanation(evaluation)), ""])
 
 
 class Pair(NamedTuple):
