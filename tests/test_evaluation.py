@@ -518,7 +518,7 @@ def test_data_uri_is_no_larger_than_asked():
 def test_markdown():
     evaluation = an_evaluation()
     lines = as_markdown(evaluation, evaluation.comparisons()).splitlines()
-    assert lines[0] == "# policy|1 against <base>"
+    assert lines[0] == "# policy\\|1 against &lt;base&gt;"
     cells = [cell.strip() for cell in lines[4].split("|")[1:-1]]
     # Means 18/6 and 13/6; medians 1.5, 3, 4.5 against 1, 4.5, 1; pairs 1/2 + 1, 0 + 0, 1 + 0.
     assert cells[:3] == ["mine", "3", "2.167"]

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import re
+import shlex
 from dataclasses import MISSING, fields
 from enum import Enum
 from importlib.metadata import version
@@ -27,6 +28,7 @@ from .curves import draw_curves
 from .data.buckets import show_size
 from .export import lora_obstacle, single_file_obstacle
 from .hub import loads_as_diffusers_lora, public_name
+from .markdown import code, fence, link, text
 
 
 CURVES, BEFORE_AFTER = f"{ASSETS}/curves.png", f"{ASSETS}/before_after.png"
@@ -86,9 +88,9 @@ def base_license(base_model: str, revision: str | None = None) -> dict[str, str]
         name: data[name] for name in ("license", "license_name", "license_link") if isinstance(data.get(name), str)
     }
     if "license_link" in found and "://" not in found["license_link"]:
-        link = found.pop("license_link")  # beside the base's card
+        file_name = found.pop("license_link")  # beside the base's card
         if is_hub_id(base_model):
-            found["license_link"] = f"https://huggingface.co/{base_model}/blob/{revision or 'main'}/{link}"
+            found["license_link"] = f"https://huggingface.co/{base_model}/blob/{revision or 'main'}/{file_name}"
     return found
 
 
@@ -170,13 +172,23 @@ def draw_pictures(trainer) -> None:
 # ---- The text -------------------------------------------------------------------------------------------------------
 
 
+def _cell(value: object) -> str:
+    """Markdown of ours in a table; what comes from others has been through [`markdown.text`] or [`markdown.code`]."""
+    return " ".join(str(value).split())
+
+
 def _table(head: tuple[str, str], items) -> str:
-    rows = [f"| {key} | {value} |" for key, value in items]
+    rows = [f"| {_cell(key)} | {_cell(value)} |" for key, value in items]
     return "\n".join([f"| {head[0]} | {head[1]} |", "|---|---|", *rows])
 
 
-def _details(summary: str, text: str) -> str:
-    return f"<details>\n<summary>{summary}</summary>\n\n{text}\n\n</details>"
+def _details(summary: str, body: str) -> str:
+    return f"<details>\n<summary>{summary}</summary>\n\n{body}\n\n</details>"
+
+
+def _literal(value: str) -> str:
+    """A string in the code of a reader."""
+    return f'"{value}"' if value.isprintable() and not set(value) & set('"\\') else ascii(value)
 
 
 def _loading(trainer, base: str, load_id: str) -> str:
@@ -184,16 +196,16 @@ def _loading(trainer, base: str, load_id: str) -> str:
     family, peft = trainer.family, is_peft_model(trainer.model)
     config: Any = trainer.model.peft_config["default"] if peft else None
     comment = "" if is_hub_id(trainer.base_model_id) else "  # the base model's folder"
-    load_base = f'pipeline = DiffusionPipeline.from_pretrained("{base}"){comment}\n'
+    load_base = f"pipeline = DiffusionPipeline.from_pretrained({_literal(base)}){comment}\n"
     more = ""
     if not peft:
-        code = f'pipeline = DiffusionPipeline.from_pretrained("{load_id}")'
+        loading = f"pipeline = DiffusionPipeline.from_pretrained({_literal(load_id)})"
     elif loads_as_diffusers_lora(config, family):
-        code = f'{load_base}pipeline.load_lora_weights("{load_id}")'
+        loading = f"{load_base}pipeline.load_lora_weights({_literal(load_id)})"
     else:
-        code = (
+        loading = (
             f"from peft import PeftModel\n\n{load_base}pipeline.{family.denoiser_name} = "
-            f'PeftModel.from_pretrained(pipeline.{family.denoiser_name}, "{load_id}")'
+            f"PeftModel.from_pretrained(pipeline.{family.denoiser_name}, {_literal(load_id)})"
         )
     layout, folder = "", ""
     if not peft and single_file_obstacle(trainer.pipeline) is None:
@@ -201,22 +213,14 @@ def _loading(trainer, base: str, load_id: str) -> str:
     elif peft and lora_obstacle(config, family, "comfyui", trainer.model.targeted_module_names) is None:
         layout, folder = "comfyui", "loras"
     if layout:
-        name = f"{load_id.split('/')[-1]}.safetensors"
-        more = f"""
-
-In ComfyUI: write one file, and put it into `models/{folder}`.
-
-```bash
-trl-diffusion export --model_name_or_path {load_id} --layout {layout} --output {name}
-```"""
-    return f"""## How to load
-
-```python
-from diffusers import DiffusionPipeline
-
-{code}
-image = pipeline("a photo of a cat").images[0]
-```{more}"""
+        output = shlex.quote(f"{load_id.split('/')[-1]}.safetensors")
+        command = (
+            f"trl-diffusion export --model_name_or_path {shlex.quote(load_id)} --layout {layout} --output {output}"
+        )
+        more = f"\n\nIn ComfyUI: write one file, and put it into `models/{folder}`.\n\n{fence('bash', command)}"
+    use = 'image = pipeline("a photo of a cat").images[0]'
+    block = fence("python", f"from diffusers import DiffusionPipeline\n\n{loading}\n{use}")
+    return f"## How to load\n\n{block}{more}"
 
 
 def _last_metrics(log_history: list[dict[str, Any]]) -> dict[str, float]:
@@ -251,19 +255,19 @@ def _results(metrics: dict[str, float]) -> str:
     """The section on metrics: those of the evaluation that tell most, or of the training, and folded all others."""
     headlines = {k: v for k, v in metrics.items() if _HEADLINE.search(k)}
     shown = {k: v for k, v in headlines.items() if k.startswith("eval_")} or headlines
-    show = lambda names: _table(("metric", "value"), ((k, f"{metrics[k]:.6g}") for k in names))  # noqa: E731
+    show = lambda names: _table(("metric", "value"), ((text(k), f"{metrics[k]:.6g}") for k in names))  # noqa: E731
     rest = [name for name in metrics if name not in shown]
-    text = f"## Results\n\nAs last logged.\n\n{show(shown)}"
-    return f"{text}\n\n{_details('All other metrics', show(rest))}" if rest else text
+    section = f"## Results\n\nAs last logged.\n\n{show(shown)}"
+    return f"{section}\n\n{_details('All other metrics', show(rest))}" if rest else section
 
 
 def _settings(trainer, base: str, revision: str | None, data_name: str | None) -> dict[str, Any]:
     args = trainer.args
     adapter = trainer.model.peft_config["default"] if is_peft_model(trainer.model) else None
     return {
-        "base model": base if revision is None else f"{base}, revision `{revision}`",
-        "training": "full" if adapter is None else f"adapter ({adapter_settings(adapter)})",
-        "training data": data_name or "given as a `datasets.Dataset`",
+        "base model": text(base) if revision is None else f"{text(base)}, revision {code(revision)}",
+        "training": "full" if adapter is None else text(f"adapter ({adapter_settings(adapter)})"),
+        "training data": text(data_name) if data_name else "given as a `datasets.Dataset`",
         "training rows": trainer.num_train_rows or "streamed",
         "data fingerprint": f"`{trainer.data_fingerprint}`" if trainer.data_fingerprint else "streamed",
         "steps": trainer.state.global_step,
@@ -287,8 +291,8 @@ def _settings(trainer, base: str, revision: str | None, data_name: str | None) -
 def _licence(found: dict[str, str]) -> str:
     if "license" not in found:
         return "That of the base model, in whose card none was found: look it up before you share this model."
-    name, link = found.get("license_name", found["license"]), found.get("license_link")
-    return f"That of the base model: {f'[{name}]({link})' if link else name}."
+    name = found.get("license_name", found["license"])
+    return f"That of the base model: {link(name, found.get('license_link', ''))}."
 
 
 def model_card(trainer, model_name: str | None = None, dataset_name: str | None = None, tags=None) -> ModelCard:
@@ -332,11 +336,11 @@ def model_card(trainer, model_name: str | None = None, dataset_name: str | None 
         **licence,
     )
 
-    origin = f"[`{base}`](https://huggingface.co/{base})" if base_id else f"`{base}`"
+    origin = f"[`{base}`](https://huggingface.co/{base})" if base_id else code(base)
     method = f"[{trainer._name}](https://huggingface.co/papers/{paper['id']})"
-    sections = [f"# {model_name}", f"{origin}, trained with {method} by `trl-diffusion`."]
+    sections = [f"# {text(model_name)}", f"{origin}, trained with {method} by `trl-diffusion`."]
     if (output_dir / BEFORE_AFTER).is_file():
-        prompts = ", ".join(f"*{' '.join(prompt.split())}*" for prompt, _ in pictures[:COLUMNS])
+        prompts = ", ".join(f"*{text(prompt)}*" for prompt, _ in pictures[:COLUMNS])
         sections += [
             f"![Samples before and after the training]({BEFORE_AFTER})",
             f"From the same seed before and after the training: {prompts}.",
@@ -349,10 +353,11 @@ def model_card(trainer, model_name: str | None = None, dataset_name: str | None 
         _table(("setting", "value"), _settings(trainer, base, revision, data_name).items()),
     ]
     options = yaml.safe_dump(changed_options(args), allow_unicode=True, width=100)
-    sections.append(_details("All options that differ from their defaults", f"```yaml\n{options}```"))
+    sections.append(_details("All options that differ from their defaults", fence("yaml", options.rstrip("\n"))))
     if (output_dir / CURVES).is_file():
         sections.append(f"![Training curves]({CURVES})")
     if metrics:
         sections.append(_results(metrics))
-    sections += ["## Licence", _licence(licence), "## Citation", f"```bibtex\n{paper['citation']}\n```"]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+    sections += ["## Licence", _licence(licence), "## Citation", fence("bibtex", paper["citation"])]
+    content = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+    return ModelCard(content.encode(errors="replace").decode())  # a folder's name may hold what UTF-8 cannot

@@ -570,7 +570,11 @@ def from_hpdv3(
     Raises:
         `ValueError`: if the file has another layout.
     """
-    arguments = {"json_file": str(json_file), "image_dir": str(image_dir), "allow_outside": allow_outside}
+    arguments: dict[str, Any] = {
+        "json_file": str(json_file),
+        "image_dir": str(image_dir),
+        "allow_outside": allow_outside,
+    }
     next(_hpdv3_examples(**arguments), None)
     return _from_rows(_hpdv3_examples, PAIRED, streaming, _file_state(json_file), **arguments)
 

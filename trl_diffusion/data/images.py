@@ -56,7 +56,7 @@ def convert_to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
         return image.convert("RGB"), bool(clear.any())
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        if image.getextrema()[3][0] < 255:
+        if np.asarray(image.getchannel("A")).min() < 255:
             white = Image.new("RGBA", image.size, "white")
             return Image.alpha_composite(white, image).convert("RGB"), True
     return image.convert("RGB"), False

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from .. import markdown
 from .statistics import Comparison, Estimate, Scores, compare, median_win_rate
 from .win_rate import WinRate
 
@@ -161,12 +162,12 @@ def _explanation(evaluation: Evaluation) -> str:
 
 def as_markdown(evaluation: Evaluation, comparisons: dict[str, Comparison]) -> str:
     """A table, a sentence on each scorer, and what the numbers mean."""
-    escape = lambda cell: cell.replace("|", "\\|")  # noqa: E731
-    head, *rows = [f"| {' | '.join(map(escape, row))} |" for row in _rows(comparisons)]
+    head, *rows = [f"| {' | '.join(map(markdown.text, row))} |" for row in _rows(comparisons)]
     rule = "|---" * len(_rows(comparisons)[0]) + "|"
-    title = f"# {evaluation.model} against {evaluation.baseline}"
-    verdicts = [f"- {sentence}" for sentence in _verdicts(evaluation, comparisons)]
-    return "\n".join([title, "", head, rule, *rows, "", *verdicts, "", _explanation(evaluation), ""])
+    title = f"# {markdown.text(f'{evaluation.model} against {evaluation.baseline}')}"
+    verdicts = [f"- {markdown.text(sentence)}" for sentence in _verdicts(evaluation, comparisons)]
+    explanation = markdown.text(_explanation(evaluation))
+    return "\n".join([title, "", head, rule, *rows, "", *verdicts, "", explanation, ""])
 
 
 class Pair(NamedTuple):

@@ -12,6 +12,7 @@ from ..data.embeddings import CLIPEmbedder, Embedder, check_embeddings, clip_fin
 from ..data.formats import EMBEDDING_COLUMNS, AnyDataset, check_dataset, check_paired, declare_columns
 from ..hub import public_name
 from ..losses import contrast_weights, rpo_loss
+from ..markdown import code
 from .base_trainer import DiffusionTrainer, Noised, rows_per_window, widest_float
 from .metrics import Metrics, gradient_factor, image_metrics, is_chosen, log_ratios_by_noise, metric_means
 from .rpo_config import DiffusionRPOConfig
@@ -256,7 +257,7 @@ class DiffusionRPOTrainer(DiffusionTrainer):
             if self._has_own_embeddings
             else "the user's"
             if self._has_own_embedder
-            else f"{args.embedding} of `{public_name(args.embedding_model)}`",
+            else f"{args.embedding} of {code(public_name(args.embedding_model))}",
             "timestep shared by": f"the {args.timestep_sharing}",
             "noise shared by": f"{args.noise_sharing}",
         }
