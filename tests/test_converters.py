@@ -779,7 +779,8 @@ def test_convert_command(pickapic_folder, tmp_path, capsys, refused):
     ],
 )
 def test_convert_asks_before_it_reads(tmp_path, monkeypatch, options, undecided):
-    monkeypatch.setattr(cli_data, "load_dataset", lambda *args, **kwargs: pytest.fail("read"))
+    for name in ("load_dataset", "load_data"):
+        monkeypatch.setattr(cli_data, name, lambda *args, **kwargs: pytest.fail("read"))
     command = ["data", "convert", "pickapic", "--dataset_name", "no/such", "--output_dir", str(tmp_path)]
     with pytest.raises(ValueError, match=rf"Found no choice for {undecided}, expected one before the data are read"):
         main([*command, *options.split()])
