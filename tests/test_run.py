@@ -692,12 +692,12 @@ def test_ranks_with_other_data_are_refused(models, tmp_path, monkeypatch):
     monkeypatch.setattr(engines, "PartialState", lambda: type("Two", (), {"num_processes": 2}))
     for other in (2, 4, 6):
         monkeypatch.setattr(engines, "gather_object", lambda found, other=other: [settings[0], settings[other]])
-        with pytest.raises(ValueError, match=r"The ranks disagree on the (contents of|number of) t.* on rank 1"):
+        with pytest.raises(ValueError, match=r"The ranks disagree on the (rows of|number of) t.* on rank 1"):
             engines.check_ranks_agree({})
     build_eval = [dict(settings[1]), dict(settings[1])]
-    build_eval[1]["the contents of the evaluation data"] = {"": "0"}
+    build_eval[1]["the rows of the evaluation data"] = {"": "0"}
     monkeypatch.setattr(engines, "gather_object", lambda found: build_eval)
-    with pytest.raises(ValueError, match="disagree on the contents of the evaluation data"):
+    with pytest.raises(ValueError, match="disagree on the rows of the evaluation data"):
         engines.check_ranks_agree({})
 
 

@@ -363,9 +363,9 @@ class DiffusionTrainer(SavingTrainer):
             "`peft_config`": None if peft_config is None else str(peft_config),
             "the number of training rows": rows(train_dataset),
             "the columns of the training data": sorted(train_dataset.column_names or ()),
-            "the contents of the training data": self._contents,
+            "the rows of the training data": self._contents,
             "the number of evaluation rows": {name: rows(part) for name, part in evaluation.items()},
-            "the contents of the evaluation data": {
+            "the rows of the evaluation data": {
                 name: data_fingerprint(part, self.columns) for name, part in evaluation.items() if part is not None
             },
         }

@@ -96,15 +96,16 @@ class SavingTrainer(_BaseTrainer):
 
     def _load_finished(self, checkpoint: Path) -> bool:
         """Loads a run of which nothing is left to train; False, and does nothing, if there is something."""
-        epochs, steps_per_epoch, *_, max_steps = self.set_initial_training_values(
-            self.args, self.get_train_dataloader()
-        )
+        dataloader = self.get_train_dataloader()
+        epochs, steps_per_epoch, *_, max_steps = self.set_initial_training_values(self.args, dataloader)
         best = self.args.load_best_model_at_end
         if not engines.on_first_rank(lambda: self.run.is_finished(checkpoint, max_steps, best)):
             return False
         self._init_training_state(max_steps, steps_per_epoch, epochs, str(checkpoint), None)
-        self._load_from_checkpoint(str(checkpoint))
-        self._load_beside_weights(checkpoint)
+        # As `Trainer` does before its first step: sharded weights are loaded after the engine has taken the model.
+        if engines.engine_of(self.accelerator) == "replicated":
+            self._load_from_checkpoint(str(checkpoint))
+        self._prepare_for_training(max_steps, dataloader, str(checkpoint))
         if best and self.state.best_model_checkpoint is not None:
             self._load_best_model()
         self._rotate_at_end(checkpoint)
