@@ -360,7 +360,7 @@ RECIPE = {
         ({}, ["--method", "dpo"], Mode(), 6, 4, 40 + 10 + 20 + 40 + 5 + 7 + 40),
         ({}, ["--method", "sft"], Mode(), 3, 4, 40 + 10 + 20 + 5 + 7 + 40),
         ({"precompute_ref_log_probs": True, "cache_features": True}, [], Mode(), 3, 4, 40 + 10 + 20 + 7 + 40),
-        ({"gradient_checkpointing": True, "ema_decay": None}, [], Mode(), 3, 4, 40 + 10 + 20 + 40 + 5 + 2),
+        ({"activation_checkpointing": True, "ema_decay": None}, [], Mode(), 3, 4, 40 + 10 + 20 + 40 + 5 + 2),
         ({}, ["--engine", "fsdp", "--num_processes", "8"], Mode(), 3, 8, 5 + 5 + 10 + 5 + 5 + 7 + 5),
         ({"accelerate_config": "multi_gpu"}, [], Mode(), 3, 4, 40 + 40 + 80 + 40 + 5 + 7 + 40),
         ({"use_peft": True, "bf16": True}, [], Mode(16, True, float32_base=True), 3, 4, 162),

@@ -484,3 +484,13 @@ def test_logged_metrics_are_means_over_all_images_since_the_last_log(tmp_path):
         100 * (entry["ref_errors/chosen"] - entry["errors/chosen"]), rel=0.01
     )
     assert entry["logps/chosen"] == -entry["errors/chosen"]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_checkpointing": False}, {"activation_checkpointing": False}], ids=str
+)
+def test_no_configuration_warns_of_an_old_name(tmp_path, recwarn, options):
+    """TRL's configuration sets transformers' deprecated `gradient_checkpointing` for everybody."""
+    args = DiffusionKTOConfig(str(tmp_path), use_cpu=True, **options)
+    assert args.activation_checkpointing == args.gradient_checkpointing == (not options)
+    assert not [warning for warning in recwarn if "checkpointing" in str(warning.message)]

@@ -200,7 +200,7 @@ def test_estimates_of_the_comments(name):
     if "24 GB" in text:
         assert least < 24e9 / 2**30
         assert options["cache_features"]
-        assert options["gradient_checkpointing"]
+        assert options["activation_checkpointing"]
 
 
 def test_every_recipe_is_in_the_readme():

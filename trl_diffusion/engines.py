@@ -247,7 +247,7 @@ def _set_up_fsdp(plugin, denoiser: ModelMixin) -> None:
     if plugin.activation_checkpointing:
         raise ValueError(
             "Found `fsdp_activation_checkpointing: true`, which renames the weights: set it to false and use "
-            "`gradient_checkpointing=True`."
+            "`activation_checkpointing=True`."
         )
     if plugin.mixed_precision_policy is not None:
         # As under every other engine: gradients are added in float32, and timesteps are not rounded. See `autocast`.

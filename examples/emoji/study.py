@@ -56,7 +56,7 @@ COMMON = {
     "warmup_steps": 5,
     "max_steps": 40,
     "proportion_empty_prompts": 0.1,
-    "gradient_checkpointing": False,
+    "activation_checkpointing": False,
     "logging_steps": 5,
     "save_strategy": "no",
     "report_to": "none",

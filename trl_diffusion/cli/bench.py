@@ -270,7 +270,11 @@ class Recipe:
             resolution=options["resolution"],
             engine=engine,
             num_processes=given.get("num_processes", 1),
-            checkpointing=options["gradient_checkpointing"],
+            checkpointing=next(
+                options[name]
+                for name in ("activation_checkpointing", "gradient_checkpointing")
+                if options[name] is not None
+            ),
             reference=method != "sft" and not options["precompute_ref_log_probs"],
             cached_features=options["cache_features"],
             average=options["ema_decay"] is not None,

@@ -110,11 +110,13 @@ def _from_the_hub(error: BaseException) -> str | None:
     return f"Found no {found} on this machine or on the Hub: {reason}, or check the name (a Hub id or a folder)"
 
 
-_NOISE = re.compile(r"Couldn't connect to the Hub|thrown while requesting|Retrying in|Failed to read schema")
+_NOISE = re.compile(
+    r"Couldn't connect to the Hub|thrown while requesting|Retrying in|Failed to read schema|requires torchvision"
+)
 
 
 def quiet_libraries() -> None:
-    """Leaves to an error's one line what libraries log about the Hub before it; secrets in their logs are redacted."""
+    """Leaves to an error's one line what libraries log before it; secrets in their logs are redacted."""
     for handler in redact_logs():
         if os.environ.get(DEBUG, "0") in ("", "0"):
             handler.addFilter(_is_news)
@@ -145,7 +147,10 @@ def suggestion(word: str, known: Iterable[str]) -> str:
         word (`str`): What was found.
         known (iterable of `str`): What is there.
     """
-    near = difflib.get_close_matches(word, list(known), n=1)
+    known = list(known)
+    near = [name for name in known if len(word) > 1 and name.startswith(word)] or difflib.get_close_matches(
+        word, known
+    )
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

@@ -356,6 +356,11 @@ class DiffusionConfig(_BaseConfig):
         if self.bf16 is None and not torch.accelerator.is_available():
             # TRL's default of True is refused by TrainingArguments on a machine without an accelerator.
             self.bf16 = False
+        # TRL's configuration still has transformers' old names, which would warn each user of its own default.
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing
+        if self.activation_checkpointing_kwargs is None:
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
         # Before engines and libraries divide by them.
         for name in _NUMBERS:
             if getattr(self, name) is not None:

@@ -91,7 +91,7 @@ def make_policy(family: Family, peft_config: PeftConfig | None, args: DiffusionC
     if args.activation_checkpointing and kwargs.get("use_reentrant"):
         raise ValueError(
             "Reentrant checkpointing loses the gradient of an adapter: drop `use_reentrant=True` from "
-            "`gradient_checkpointing_kwargs`."
+            "`activation_checkpointing_kwargs`."
         )
     if peft_config.is_prompt_learning:
         raise ValueError(
