@@ -225,6 +225,8 @@ def test_what_is_started(request, options, machine, expected):
         (["--num_machines", "2", "--num_processes", "3"], {}, "Found num_processes=3 on num_machines=2"),
         (["--num_machines", "2", "--num_processes", "2"], {}, "without `--machine_rank`"),
         (["--tpu"], {}, "Found `tpu`, which these trainers do not support"),
+        (["--num_processes", "0"], {}, "Found num_processes=0, expected at least 1"),
+        (["--num_processes", "2", "--num_machines=-1"], {}, "Found num_machines=-1, expected at least 1"),
         (["--num_processes", "two"], {}, "invalid int value: 'two'"),
         (["--num_processes", "2", "3"], {}, "Found the word '3', which belongs to no option"),
         (["--cpu", "true"], {}, "Found the word 'true', which belongs to no option"),
@@ -327,7 +329,7 @@ YAML = {
     "save_strategy: no": "YAML reads an unquoted no",
     "use_cpu: maybe": "Truthy value expected",
     "cpu: maybe": "Found `cpu: maybe`, expected true or false",
-    "env: 3": "Found `env: 3` in the configuration file, expected names and values",
+    "env: 3": "Found no names and values in `env` of the configuration file",
     "beta: -1": "`beta` must be positive and finite, found -1.0",
 }
 WORDS = {

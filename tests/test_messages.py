@@ -377,6 +377,12 @@ def test_an_error_of_the_hub_is_one_sentence(cause, words):
     assert "See" not in message
 
 
+def test_a_push_that_fails_looks_for_no_model():
+    error = OfflineModeIsEnabled("Cannot reach https://h/api/repos/create: offline mode is enabled")
+    assert one_line(error).startswith("The repository to push to cannot be created on the Hub: `HF_HUB_OFFLINE` is")
+    assert one_line(request_error(HfHubHTTPError, "an address")).startswith("Found no such model on")
+
+
 def test_a_sentence_of_ours_is_kept_whatever_caused_it():
     error = ValueError("Found x, expected y")
     error.__cause__ = OfflineModeIsEnabled("https://h/a/b")

@@ -1,5 +1,6 @@
 """A run has an identity: who writes into its folder, what a resume may change; killed runs end as undisturbed ones."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -152,8 +153,8 @@ MATRIX = {
     ("unfinished", "full"): {"resume": "trained", None: REFUSED.format("checkpoint-2", "Diffusion-KTO")},
     ("finished", "full"): {"resume": "as it was", None: REFUSED.format("checkpoint-3", "Diffusion-KTO")},
     ("weights only", "full"): {
-        "resume": r"Found no checkpoint in .*, but the weights of a Diffusion-KTO run, expected one to resume from",
-        None: REFUSED.format("the weights", "Diffusion-KTO"),
+        "resume": r"Found no checkpoint in .*, but the weights of a Diffusion-KTO run, expected .* with `overwrite_",
+        None: r"Found the weights of a Diffusion-KTO run in .*, expected a folder without another run: replace",
     },
     ("method", "full"): {
         "resume": r"has method 'Diffusion-DPO', found 'Diffusion-KTO'" + HERE,
@@ -306,6 +307,39 @@ def test_a_trainer_may_save_then_train(models, tmp_path):
     for call in (other.train, other.save_model):
         with pytest.raises(ValueError, match=r"Found (the weights of a|another run)"):
             call()
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_trainer_may_train_again(models, tmp_path, interrupted):
+    """In a notebook, from the weights of the first time, whose checkpoints are not taken for those of the second."""
+    trainer = build(models, tmp_path, callbacks=[StopAt(2 if interrupted else 9)], save_total_limit=None)
+    with pytest.raises(InterruptedError) if interrupted else contextlib.nullcontext():
+        trainer.train()
+    first = {path.name: run.read_record(path)["id"] for path in run.checkpoints(tmp_path)}
+    trainer.pop_callback(StopAt)
+    trainer.add_callback(StopAt(1))
+    with pytest.raises(InterruptedError):
+        trainer.train()
+    with pytest.raises(ValueError, match=r"Found .*/checkpoint-2, which is not of the run to which the folder bel"):
+        build(models, tmp_path).train(resume_from_checkpoint=True)
+    assert "checkpoint-2" in first
+    trainer.pop_callback(StopAt)
+    assert trainer.train().global_step == 3
+    trainer.save_model()
+    ids = {run.read_record(path)["id"] for path in run.checkpoints(tmp_path)}
+    assert ids == {trainer.run.id}
+    assert not ids & set(first.values())
+    assert build(models, tmp_path, max_steps=4).train(resume_from_checkpoint=True).global_step == 4
+
+
+def test_advice_leads_somewhere(models, contents, tmp_path):
+    """Without a checkpoint there is nothing to resume; a trainer that only was built has not started."""
+    with pytest.raises(ValueError, match=r"without another run: replace it by `overwrite_output_dir=True`, or choose"):
+        build(models, contents("weights only")).train()
+    with pytest.raises(ValueError, match=r"Found another run in [^,]*: save to another folder"):
+        build(models, contents("finished")).save_model()
+    with pytest.raises(ValueError, match=r"Found an empty `output_dir`"):
+        build(models, "")
 
 
 def test_a_run_that_ended_early_stays_finished(models, tmp_path):
@@ -531,6 +565,10 @@ def test_a_damaged_file_is_named(models, contents, tmp_path, name, damage):
     fix = r"delete .*checkpoint-2, and resume from the checkpoint before\.$"
     with pytest.raises(ValueError, match=rf"checkpoint-2/{name}.*{fix}"):
         build(models, folder).train(resume_from_checkpoint=True)
+    if name == "trainer_state.json":
+        file.write_text("{}")
+        with pytest.raises(ValueError, match=rf"Found no `global_step` in .*checkpoint-2/{name}.*{fix}"):
+            build(models, folder).train(resume_from_checkpoint=True)
     if damage == "half":
         shutil.rmtree(folder / "checkpoint-2")
         assert train(models, folder, resume=True).state.global_step == 3
@@ -749,6 +787,43 @@ def test_weights_that_are_not_finite_are_not_saved(models, tmp_path, folder):
     with pytest.raises(FloatingPointError, match=r"The weights are not finite after step 0"):
         trainer.save_model(folder and str(tmp_path / folder))
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("lr_scheduler_kwargs", "{'min_lr': 0}", r"Found no JSON in `lr_scheduler_kwargs` \(Expecting property"),
+        ("lr_scheduler_kwargs", "min_lr=0", r"Found no JSON in `lr_scheduler_kwargs` \(Expecting value"),
+        (
+            "gradient_checkpointing_kwargs",
+            "[1]",
+            r"Found a list in `gradient_checkpointing_kwargs`, expected a ma",
+        ),
+        ("model_init_kwargs", ["a"], r"Found a list in `model_init_kwargs`, expected a mapping"),
+        (
+            "model_init_kwargs",
+            '{"token": "hf_secret"',
+            r"Found no JSON in `model_init_kwargs` \([^_]*\): write it",
+        ),
+        ("deepspeed", '{"a": ', r"Found no JSON in .*/ds.json \(`deepspeed`\)"),
+        ("fsdp_config", "[1]", r"Found a list in .*/ds.json \(`fsdp_config`\)"),
+        ("accelerator_config", '{"a"', r"Found no JSON in `accelerator_config`"),
+    ],
+)
+def test_mappings_that_are_none(tmp_path, name, value, message):
+    if "ds.json" in message:
+        (tmp_path / "ds.json").write_text(value)
+        value = str(tmp_path / "ds.json")
+    with pytest.raises(ValueError, match=message):
+        DiffusionKTOConfig(str(tmp_path), use_cpu=True, **{name: value})
+
+
+def test_mappings_that_are_fine(tmp_path):
+    (tmp_path / "a.json").write_text('{"even_batches": false}')
+    options = {"accelerator_config": str(tmp_path / "a.json"), "lr_scheduler_kwargs": '{"min_lr": 0.1}'}
+    args = DiffusionKTOConfig(str(tmp_path), use_cpu=True, model_init_kwargs={"variant": "fp16"}, **options)
+    assert args.accelerator_config.even_batches is False
+    assert args.lr_scheduler_kwargs == {"min_lr": 0.1}
 
 
 COUNTS = (

@@ -104,9 +104,11 @@ def _from_the_hub(error: BaseException) -> str | None:
     if reason is None or not isinstance(error, OSError):
         return None
     texts = " ".join(str(link) for link in reversed(chain))  # the Hub's own error is the last one
+    if "/api/repos/create" in texts:
+        return f"The repository to push to cannot be created on the Hub: {reason}"
     name = re.search(r"//[^/\s]+/(?:api/)?(?:(?:models|datasets)/)?([\w.-]*\w(?:/[\w.-]*\w)?)", texts)
     name = re.search(r"Cannot load model (\S+):", texts) or name
-    found = "the model" if name is None else repr(name[1])
+    found = "such model" if name is None else repr(name[1])
     return f"Found no {found} on this machine or on the Hub: {reason}, or check the name (a Hub id or a folder)"
 
 

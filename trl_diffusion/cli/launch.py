@@ -106,6 +106,9 @@ class Launch:
         # It tells which defaults it has used, which the user of this command does not have to give.
         logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)
         given = args.nondefault - {"training_script", "training_script_args"}
+        for name in ("num_processes", "num_machines"):
+            if name in given and getattr(args, name) < 1:
+                raise ValueError(f"Found {name}={getattr(args, name)}, expected at least 1")
         self._is_counted = "num_processes" in given
         self.mixed_precision: str | None = args.mixed_precision
         try:

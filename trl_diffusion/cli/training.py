@@ -93,7 +93,8 @@ class TrainingParser(ConfigParser):
         redacted(config)  # remembers the secrets
         environment = config.pop("env", None) or {}
         if not isinstance(environment, dict):
-            raise ValueError(f"Found `env: {environment}` in the configuration file, expected names and values")
+            # Without the values, which may be secrets.
+            raise ValueError("Found no names and values in `env` of the configuration file, expected `NAME: value`")
         os.environ.update({str(name): str(value) for name, value in environment.items()})
         actions = {action.dest: action for action in reversed(self._actions) if action.dest not in ("help", "config")}
         launcher: list[str] = []

@@ -1,9 +1,11 @@
 """Settings that all trainers share."""
 
 import copy
+import json
 import math
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -52,6 +54,24 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be {expected}, found {value}.")
     if whole and number != int(number):
         raise ValueError(f"`{name}` must be a whole number, found {value}.")
+
+
+def check_mapping(name: str, value: Any) -> None:
+    """Raises `ValueError` where an option that takes a mapping, from the command line as JSON, holds none."""
+    where = f"`{name}`"
+    if isinstance(value, str) and name in ("accelerator_config", "fsdp_config", "deepspeed") and value[:1] != "{":
+        if not Path(value).is_file():  # named by who reads it
+            return
+        value, where = Path(value).read_text(), f"{value} (`{name}`)"
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:  # without the text, which may hold a token
+            raise ValueError(
+                f"Found no JSON in {where} ({error}): write it like '{{\"name\": 1}}', with double quotes inside."
+            ) from None
+    if isinstance(value, list | str | int | float):
+        raise ValueError(f"Found a {type(value).__name__} in {where}, expected a mapping like '{{\"name\": 1}}'.")
 
 
 @dataclass(repr=False)
@@ -365,6 +385,8 @@ class DiffusionConfig(_BaseConfig):
         for name in _NUMBERS:
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name))
+        for name in self._VALID_DICT_FIELDS:
+            check_mapping(name, getattr(self, name))
         if self.max_steps != -1 and not (isinstance(self.max_steps, int) and self.max_steps >= 1):
             raise ValueError(
                 f"`max_steps` must be at least 1, or -1 to train `num_train_epochs`, found {self.max_steps}."

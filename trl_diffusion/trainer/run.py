@@ -173,7 +173,7 @@ def check_output_dir(
     name = f" of a {record['settings'].get('method')} run" if record else ""
     what = f"{found[-1].name if found else 'the weights'}{name}" if found or weights else ""
     if resume in (None, False):
-        own = own_id is not None and record.get("id") == own_id and not found
+        own = own_id is not None and record.get("id") == own_id  # a trainer may train again
         if weights and not record and not (folder / "training_args.json").is_file():
             raise ValueError(
                 f"Found {weights[0]} in {folder}, which no training of this library wrote: choose another "
@@ -181,9 +181,9 @@ def check_output_dir(
             )
         if what and not overwrite and not own:
             raise ValueError(
-                f"Found {what} in {folder}, expected a folder without another run: go on with it by "
-                "`resume_from_checkpoint=True`, replace it by `overwrite_output_dir=True`, or choose another "
-                "`output_dir`."
+                f"Found {what} in {folder}, expected a folder without another run: "
+                f"{'go on with it by `resume_from_checkpoint=True`, ' if found else ''}replace it by "
+                "`overwrite_output_dir=True`, or choose another `output_dir`."
             )
         return None
     if resume is True or resume == "latest":
@@ -195,7 +195,8 @@ def check_output_dir(
         if not found:
             raise ValueError(
                 f"Found no checkpoint in {folder}{f', but {what}' if what else ''}, expected one to resume from: "
-                "leave `resume_from_checkpoint` out to start."
+                "leave `resume_from_checkpoint` out to start"
+                f"{', with `overwrite_output_dir=True` or in another folder' if what else ''}."
             )
         checkpoint = found[-1]
     else:
@@ -204,7 +205,7 @@ def check_output_dir(
         if not checkpoint.is_dir() or (inside and not (checkpoint / "trainer_state.json").is_file()):
             raise ValueError(
                 f"Found {'no folder' if not checkpoint.is_dir() else 'no checkpoint but an output folder in'} "
-                f"{checkpoint}, expected a checkpoint to resume from"
+                f"{resume}, expected a checkpoint to resume from"
                 + (f": use {inside[-1]}." if inside else ", such as output_dir/checkpoint-100.")
             )
         if overwrite and checkpoint.resolve().is_relative_to(folder.resolve()):
@@ -277,6 +278,8 @@ def check_kind(folder: Path, adapter: bool) -> None:
 
 def check_writable(output_dir: str) -> None:
     """Raises `OSError` where no file can be written to the output folder, before anything is computed for it."""
+    if not str(output_dir).strip():
+        raise ValueError("Found an empty `output_dir`, expected a folder, such as outputs/kto.")
     probe = Path(output_dir) / f"_probe-{os.getpid()}"
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
@@ -530,7 +533,8 @@ class Run:
                     f"Found {file.stat().st_size:,} bytes in {file}, expected the {size:,} that were saved: {damaged}."
                 )
             _check_readable(file, damaged)
-        read_json(checkpoint / "trainer_state.json", damaged)
+        if not isinstance(read_json(checkpoint / "trainer_state.json", damaged).get("global_step"), int):
+            raise ValueError(f"Found no `global_step` in {checkpoint / 'trainer_state.json'}: {damaged}.")
 
     def _compare(self, recorded: dict[str, Any], checkpoint: Path) -> None:
         defaults = {field.name: _plain(field.default) for field in dataclasses.fields(self.args) if field.init}
@@ -574,6 +578,8 @@ class Run:
         if checkpoint is not None:
             self.check_checkpoint(checkpoint)
             self.id = read_record(checkpoint)["id"]
+        elif checkpoints(self.folder):  # of its first time, from which its second one must not resume
+            self.id = uuid.uuid4().hex
         if overwrite:
             base = Path(self.base_model_id)
             if base.exists() and base.resolve().is_relative_to(self.folder.resolve()):
@@ -602,10 +608,7 @@ class Run:
         if record.get("id") == self.id:
             return
         if record:
-            raise ValueError(
-                f"Found another run in {self.folder}, which was started since: save to another folder, with "
-                "`save_model(folder)`."
-            )
+            raise ValueError(f"Found another run in {self.folder}: save to another folder, with `save_model(folder)`.")
         check_output_dir(self.args.output_dir, None)
         write_record(self.folder, self.record)
 
