@@ -86,7 +86,7 @@ def test_another_place_of_the_base(place, moved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for load in (load_trained, load_merged):
         with pytest.raises(
-            ValueError, match=r"Found no base model '.*gone', which '.*run' was trained on: pass .*--base"
+            ValueError, match=r"Found no base model '.*gone', on which '.*run' was trained, .*: pass .*--base"
         ):
             load(str(moved))
         assert_same(load(str(moved), str(place / "base")), load(str(place / "run")))

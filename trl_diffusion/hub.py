@@ -332,8 +332,8 @@ def existing_base(name: str, base: str) -> str:
         validate_repo_id(base)
     except ValueError:
         raise ValueError(
-            f"Found no base model {base!r}, which {name!r} was trained on: pass its folder or Hub id as `base_model` "
-            "(`--base_model`)."
+            f"Found no base model {base!r}, on which {name!r} was trained, expected a folder or Hub id: pass where "
+            "it is now as `base_model` (`--base_model`)."
         ) from None
     return base
 

@@ -282,4 +282,5 @@ def as_html(
                 caption = f"<figcaption>{difference} · {text(prompt)} · seed {seed}</figcaption>"
                 parts.append(f"<figure><div>{''.join(sides)}</div>{caption}</figure>")
             parts.append("</section>")
-    return "\n".join([*parts, "</body></html>", ""])
+    page = "\n".join([*parts, "</body></html>", ""])
+    return page.encode(errors="replace").decode()  # a folder's name may hold what UTF-8 cannot
