@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from tests.conftest import unpaired
-from tests.tiny import tiny_stable_diffusion
+from tests.tiny import tiny_flux, tiny_stable_diffusion, tiny_stable_diffusion_xl
 from trl_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer
 from trl_diffusion.cli import main
 from trl_diffusion.export import export_lora, export_merged, load_merged
-from trl_diffusion.hub import load_trained
+from trl_diffusion.families.stable_diffusion import StableDiffusion
+from trl_diffusion.hub import load_trained, save_policy
 
 
 IMAGES = ["--num_images_per_prompt", "1", "--num_inference_steps", "1"]
@@ -85,7 +86,7 @@ def test_another_place_of_the_base(place, moved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for load in (load_trained, load_merged):
         with pytest.raises(
-            ValueError, match=r"Found no base model '.*gone', which '.*run' was trained on: pass .*--base"
+            ValueError, match=r"Found no base model '.*gone', on which '.*run' was trained, .*: pass .*--base"
         ):
             load(str(moved))
         assert_same(load(str(moved), str(place / "base")), load(str(place / "run")))
@@ -195,3 +196,70 @@ def test_a_base_of_an_unknown_class_is_refused_before_it_is_loaded(place, tmp_pa
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *args, **kwargs: pytest.fail("it was loaded"))
     with pytest.raises(ValueError, match=r"KandinskyPipeline.*expected one of"):
         load(str(place / "run"), base_model=str(tmp_path / "base"))
+
+
+@pytest.fixture
+def nameless(place, tmp_path):
+    """The same, of an adapter that names no base."""
+    shutil.copytree(place / "run", tmp_path / "nameless")
+    config = json.loads((tmp_path / "nameless" / "adapter_config.json").read_text())
+    (tmp_path / "nameless" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    return tmp_path / "nameless"
+
+
+def test_an_adapter_that_names_no_base(place, nameless, tmp_path, capsys):
+    command = ["export", "--model_name_or_path", str(nameless), "--layout", "comfyui", "--output"]
+    with pytest.raises(SystemExit):
+        main([*command, str(tmp_path / "lora.safetensors")])
+    assert "names no base model: pass it as `base_model` (`--base_model`)" in capsys.readouterr().err
+    main([*command, str(tmp_path / "lora.safetensors"), "--base_model", str(place / "base")])
+    assert (tmp_path / "lora.safetensors").is_file()
+
+
+@pytest.mark.parametrize("for_diffusers", [True, False])
+def test_a_base_that_is_another_model(place, tmp_path, capsys, for_diffusers):
+    """Of other sizes, or of another family whose modules have the same names."""
+    tiny_stable_diffusion_xl().save_pretrained(tmp_path / "wider")
+    tiny_flux().save_pretrained(tmp_path / "flux")
+    lora, run = tmp_path / "lora.safetensors", tmp_path / "run"
+    pipeline = DiffusionPipeline.from_pretrained(place / "base")
+    policy = get_peft_model(pipeline.unet, LoraConfig(r=2, target_modules=["to_q", "to_k"]))
+    policy.peft_config["default"].base_model_name_or_path = str(place / "base")
+    run.mkdir()
+    save_policy(policy, StableDiffusion(pipeline), run)
+    if not for_diffusers:
+        (run / "pytorch_lora_weights.safetensors").unlink()  # PEFT reads its own file, as of DoRA
+    export_lora(run, lora, layout="diffusers")
+    export = ["export", "--model_name_or_path", str(run), "--output", str(tmp_path / "merged"), "--layout", "merged"]
+    generate = ["generate", "--prompts", "a cat", "--output_dir", str(tmp_path / "images"), *IMAGES]
+    for base in ("wider", "flux"):
+        for command in (
+            export,
+            [*generate, "--model_name_or_path", str(run)],
+            [*generate, "--model_name_or_path", str(lora)],
+        ):
+            with pytest.raises(SystemExit) as error:
+                main([*command, "--base_model", str(tmp_path / base)])
+            assert error.value.code == 2
+            last = capsys.readouterr().err.strip().splitlines()[-1]
+            assert last.endswith(
+                "expected the model that it was trained on, pass it as `base_model` (`--base_model`)."
+            )
+    assert not (tmp_path / "merged").exists()
+    main([*export, "--base_model", str(place / "base")])
+    assert (tmp_path / "merged").is_dir()
+
+
+def test_evaluate_reads_exported_files(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scorer.py").write_text("def score(images, prompts):\n    return [0.5] * len(images)\n")
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    shutil.copytree(place / "base", "base")
+    export_lora(place / "run", "lora[1].safetensors", layout="comfyui", base_model="base")
+    shutil.move("base", "other")
+    pair = ["--model_name_or_path", "lora[1].safetensors", "--baseline_name_or_path", "other"]
+    main(["evaluate", *pair, "--base_model", "other", *SCORING, "--output_dir", "out", *IMAGES])
+    settings = [json.loads(file.read_text()) for file in Path("out/images").glob("*/settings.json")]
+    (lora,) = (s["state"] for s in settings if s["model"] == "lora[1].safetensors")
+    assert [name for name, *_ in lora[0]] == ["lora[1].safetensors"]
+    assert lora[1] == "other"

@@ -5,6 +5,7 @@ import html
 import io
 import json
 import math
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -509,6 +510,12 @@ def test_html_holds_everything_and_escapes():
         assert f"mine: {kind}" in page.text
 
 
+def test_html_of_a_folder_whose_name_is_no_utf8():
+    evaluation = an_evaluation(model=os.fsdecode(b"run-\xff"))
+    page = as_html(evaluation, evaluation.comparisons(), lambda prompt, seed: (picture(0), picture(1)))
+    assert b"<h1>run-? against" in page.encode()
+
+
 def test_data_uri_is_no_larger_than_asked():
     head, data = data_uri(Image.new("RGB", (1000, 500)), side=384).split(",")
     assert head == "data:image/jpeg;base64"
@@ -672,13 +679,14 @@ def test_names_of_report_folders(tmp_path, model, found):
     assert re.fullmatch(r"\w[\w.-]*", folder.name)
 
 
-def test_evaluate_at_a_resolution(command, tmp_path, sd_folder):
+def test_evaluate_at_a_resolution(command, tmp_path, sd_folder, capsys):
     small = {"num_images_per_prompt": 1, "max_prompts": 2}
     main(command(**small, resolution="8x16"))
     assert {Image.open(path).size for path in (tmp_path / "out" / "images").glob("*/*.png")} == {(16, 8)}
     shutil.rmtree(tmp_path / "out")
-    with pytest.raises(ValueError, match="Found resolution=9, expected a multiple of 2 for a StableDiffusionPipeline"):
+    with pytest.raises(SystemExit, match="2"):
         main(command(**small, resolution="9"))
+    assert "Found resolution=9, expected a multiple of 2 for a StableDiffusionPipeline" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -21,7 +21,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
 from diffusers.utils import convert_state_dict_to_kohya
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig
 from peft.utils import load_peft_weights
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
@@ -34,9 +34,11 @@ from .hub import (
     check_all_loaded,
     existing_base,
     is_adapter,
+    load_peft,
     load_trained,
     naming_the_base,
     public_config,
+    refusing_other_sizes,
     stored_name,
     unknown_lora_options,
 )
@@ -530,7 +532,8 @@ def _load_for_unet(file: Path_, layout: str, pipeline: Any) -> None:
         "rank_pattern": {f"^{re.escape(module)}": r for module, r in ranks.items() if r != rank},
         "target_modules": list(ranks),
     }
-    unet.load_lora_adapter(weights, prefix=None, metadata=config)
+    with refusing_other_sizes(str(file), unet):
+        unet.load_lora_adapter(weights, prefix=None, metadata=config)
     check_all_loaded(unet, ranks, str(file))
 
 
@@ -556,7 +559,7 @@ def load_merged(name: Path_, base_model: str | None = None, **kwargs: Any) -> Di
     with naming_the_base(name, base):
         denoiser_name = family_class(read_index(base, **kwargs)["_class_name"]).denoiser_name
         pipeline = load_pipeline(base, **kwargs)
-    policy = PeftModel.from_pretrained(getattr(pipeline, denoiser_name), name)
+    policy = load_peft(getattr(pipeline, denoiser_name), name)
     try:
         merged = policy.merge_and_unload()
     except (RuntimeError, NotImplementedError) as error:
@@ -623,6 +626,28 @@ def export_merged(
 # ---- Back again -----------------------------------------------------------------------------------------------------
 
 
+def layout_and_base(file: Path_, base_model: str | None = None) -> tuple[str, str]:
+    """
+    The layout of a file that [`export_lora`] or [`export_merged`] wrote, and its base model.
+
+    Args:
+        file (`str` or `os.PathLike`): A `.safetensors` file.
+        base_model (`str`, *optional*): Hub id or folder of the base model, instead of the one that the file names.
+
+    Raises:
+        `ValueError`: if the file does not tell its layout and base model, or the base model is not there.
+    """
+    with safe_open(str(file), "pt") as opened:
+        metadata = opened.metadata() or {}
+    layout, base = metadata.get(LAYOUT), base_model or metadata.get(BASE_MODEL)
+    if layout is None or base is None:
+        raise ValueError(
+            f"The metadata of {str(file)!r} name no layout and no base model: expected a file that `trl-diffusion "
+            "export` wrote; load others with diffusers."
+        )
+    return layout, existing_base(str(file), base)
+
+
 def load_exported(file: Path_, base_model: str | None = None, **kwargs: Any) -> DiffusionPipeline:
     """
     Loads a file that [`export_lora`] or [`export_merged`] wrote, with its base model.
@@ -636,15 +661,7 @@ def load_exported(file: Path_, base_model: str | None = None, **kwargs: Any) -> 
         `ValueError`: if the file does not tell its layout and base model, or the base model does not fit.
     """
     file = str(file)
-    with safe_open(file, "pt") as opened:
-        metadata, keys = opened.metadata() or {}, list(opened.keys())
-    layout, base = metadata.get(LAYOUT), base_model or metadata.get(BASE_MODEL)
-    if layout is None or base is None:
-        raise ValueError(
-            f"The metadata of {file!r} name no layout and no base model: expected a file that `trl-diffusion "
-            "export` wrote; load others with diffusers."
-        )
-    base = existing_base(file, base)
+    layout, base = layout_and_base(file, base_model)
     if layout == "single_file":
         with naming_the_base(file, base):
             index: Any = DiffusionPipeline.load_config(base)
@@ -658,7 +675,11 @@ def load_exported(file: Path_, base_model: str | None = None, **kwargs: Any) -> 
     if layout != "diffusers" and denoiser_name == "unet":
         _load_for_unet(file, layout, pipeline)
         return pipeline
-    pipeline.load_lora_weights(str(Path(file).parent), weight_name=Path(file).name)
+    denoiser = getattr(pipeline, denoiser_name)
+    with refusing_other_sizes(file, denoiser):
+        pipeline.load_lora_weights(str(Path(file).parent), weight_name=Path(file).name)
+    with safe_open(file, "pt") as opened:
+        keys = list(opened.keys())
     modules = {key.removeprefix(f"{denoiser_name}.").split(".lora_A.")[0] for key in keys if ".lora_A." in key}
-    check_all_loaded(getattr(pipeline, denoiser_name), modules, file)
+    check_all_loaded(denoiser, modules, file)
     return pipeline

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -331,8 +332,8 @@ def existing_base(name: str, base: str) -> str:
         validate_repo_id(base)
     except ValueError:
         raise ValueError(
-            f"Found no base model {base!r}, which {name!r} was trained on: pass its folder or Hub id as `base_model` "
-            "(`--base_model`)."
+            f"Found no base model {base!r}, on which {name!r} was trained, expected a folder or Hub id: pass where "
+            "it is now as `base_model` (`--base_model`)."
         ) from None
     return base
 
@@ -365,6 +366,43 @@ def check_all_loaded(denoiser, modules: Iterable[str], file: str) -> None:
             f"{len(modules) - len(missing)}; missing is {missing[0]!r}: expected the model that it was trained on, "
             "pass it as `base_model` (`--base_model`)."
         )
+
+
+@contextmanager
+def refusing_other_sizes(name: str, denoiser) -> Iterator[None]:
+    """Within, weights of an adapter that are larger or smaller than those of its base are an error about the base."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), None)
+        if reason is None:
+            raise
+        raise ValueError(
+            f"The adapter {name!r} does not fit this {type(denoiser).__name__} ({reason}): expected the model that it "
+            "was trained on, pass it as `base_model` (`--base_model`)."
+        ) from error
+
+
+def load_peft(denoiser, name: str) -> PeftModel:
+    """
+    `PeftModel.from_pretrained`, which would leave modules that the adapter does not have untrained with a warning.
+
+    Args:
+        denoiser (`ModelMixin`): The denoiser of the base model.
+        name (`str`): Output folder of an adapter training, or its Hub id.
+
+    Raises:
+        `ValueError`: if the adapter was trained on another denoiser.
+    """
+    with refusing_other_sizes(name, denoiser), warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(denoiser, name)
+        except UserWarning as warning:
+            raise ValueError(
+                f"The adapter {name!r} has no weights for some modules of this {type(denoiser).__name__} that it is "
+                "for: expected the model that it was trained on, pass it as `base_model` (`--base_model`)."
+            ) from warning
 
 
 def load_trained(name: str, base_model: str | None = None, **kwargs: Any) -> DiffusionPipeline:
@@ -403,12 +441,13 @@ def load_trained(name: str, base_model: str | None = None, **kwargs: Any) -> Dif
         pipeline = load_pipeline(base, **kwargs)
     denoiser = getattr(pipeline, family.denoiser_name)
     if loads_as_diffusers_lora(config, family) and os.path.isfile(os.path.join(name, LORA_FILE)):
-        pipeline.load_lora_weights(name, weight_name=LORA_FILE)
+        with refusing_other_sizes(name, denoiser):
+            pipeline.load_lora_weights(name, weight_name=LORA_FILE)
         with safe_open(os.path.join(name, LORA_FILE), "pt") as file:
             keys = [key.removeprefix(f"{family.denoiser_name}.") for key in file.keys()]
         check_all_loaded(denoiser, [key.split(".lora_A.")[0] for key in keys if ".lora_A." in key], name)
     else:
-        setattr(pipeline, family.denoiser_name, PeftModel.from_pretrained(denoiser, name))
+        setattr(pipeline, family.denoiser_name, load_peft(denoiser, name))
     return pipeline
 
 

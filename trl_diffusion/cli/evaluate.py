@@ -108,7 +108,7 @@ def run(argv: list[str]) -> None:
             f"Found {' and '.join(f'`--{name}`' for name in found) or 'nothing'} to compare with, expected "
             "`--prompts_file` with `--scorers`, `--dataset_name`, or all three."
         )
-    if args.base_model and not (is_adapter(args.model_name_or_path) or is_adapter(args.baseline_name_or_path)):
+    if args.base_model and not (base_of(args, args.model_name_or_path) or base_of(args, args.baseline_name_or_path)):
         raise ValueError(
             f"Found `--base_model {args.base_model}` with two whole models, expected it with an adapter: drop it."
         )
@@ -132,7 +132,7 @@ def run(argv: list[str]) -> None:
 
 def base_of(args: argparse.Namespace, model: str) -> str | None:
     """What `--base_model` means for one of the two models."""
-    return args.base_model if is_adapter(model) else None
+    return args.base_model if is_adapter(model) or os.path.isfile(model) else None
 
 
 def compare_errors(args: argparse.Namespace) -> None:

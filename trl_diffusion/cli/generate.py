@@ -46,6 +46,8 @@ def image_size(text: str) -> Size:
     """An option's type: `512` or `832x1216`, height before width."""
     try:
         (size,) = parse_sizes(text)
+        if min(size) < 1:
+            raise ValueError
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"found {text!r}, expected SIDE such as 512, or HEIGHTxWIDTH such as 832x1216"

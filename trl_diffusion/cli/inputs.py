@@ -18,6 +18,7 @@ from datasets.exceptions import DatasetsError
 from safetensors import SafetensorError, safe_open
 from trl import TrlParser
 
+from ..hub import base_model_of
 from ..redaction import redacted
 from .errors import OneLineMixin, suggestion
 
@@ -154,8 +155,8 @@ def check_model(name: str, option: str = "--model_name_or_path", base_model: str
             raise ValueError(f"Found no folder {name!r} for `{option}`, expected a pipeline's folder or a Hub id")
         return
     if (folder / "adapter_config.json").is_file():
-        named = _read_json(folder / "adapter_config.json", "base_model_name_or_path")["base_model_name_or_path"]
-        check_model(base_model or named, f"the base model of {name!r}")
+        _read_json(folder / "adapter_config.json", "peft_type")
+        check_model(base_model_of(name, base_model), "--base_model")
         return
     if not (folder / "model_index.json").is_file():
         raise ValueError(

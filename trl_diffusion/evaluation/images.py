@@ -1,5 +1,6 @@
 """Drawn images on disk: each written whole or not at all, in a folder for its model and settings."""
 
+import glob
 import hashlib
 import io
 import json
@@ -16,22 +17,26 @@ from tqdm import tqdm
 
 from ..callbacks import sample_rows
 from ..data.cache import folder_state
+from ..export import layout_and_base
 from ..hub import existing_base
 
 
 def model_state(name: str, base_model: str | None = None) -> Any:
     """
     What changes when the weights behind a name change: the files of a folder (of its components or its adapter, and
-    of the adapter's base), or the commit of a Hub id.
+    of the adapter's base), an exported file and its base, or the commit of a Hub id.
 
     Args:
-        name (`str`): Hub id or folder, as [`~hub.load_trained`] takes it.
+        name (`str`): Hub id, folder or file, as [`~hub.load_trained`] takes it.
         base_model (`str`, *optional*): The base model of an adapter, instead of the one that it names.
 
     Returns:
         What `json.dumps` takes.
     """
     folder = Path(name)
+    if folder.is_file():
+        _, base = layout_and_base(name, base_model)
+        return [_file_states(folder.parent, [glob.escape(folder.name)]), base, model_state(base)]
     if not folder.is_dir():
         return Path(hf_hub_download(name, "model_index.json")).parent.name
     adapter = folder / "adapter_config.json"

@@ -217,9 +217,11 @@ def data_uri(image: Image.Image, side: int = 384) -> str:
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+h1, h2 { overflow-wrap: anywhere; line-height: 1.25; }
+.scroll { overflow-x: auto; }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child { text-align: left; }
-section { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem; }
+section { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: .5rem; border: 1px solid #ddd; border-radius: 6px; }
 figure div { display: grid; grid-template-columns: 1fr 1fr; gap: .5rem; text-align: center; }
 img { width: 100%; border-radius: 4px; }
@@ -260,7 +262,7 @@ def as_html(
         '<meta name="viewport" content="width=device-width">',
         f"<title>{title}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{title}</h1>",
-        f"<table>\n{table}\n</table>",
+        f'<div class="scroll"><table>\n{table}\n</table></div>',
         *(f"<p>{text(sentence)}</p>" for sentence in _verdicts(evaluation, comparisons)),
         f"<p>{text(_explanation(evaluation))}</p>",
     ]
@@ -280,4 +282,5 @@ def as_html(
                 caption = f"<figcaption>{difference} · {text(prompt)} · seed {seed}</figcaption>"
                 parts.append(f"<figure><div>{''.join(sides)}</div>{caption}</figure>")
             parts.append("</section>")
-    return "\n".join([*parts, "</body></html>", ""])
+    page = "\n".join([*parts, "</body></html>", ""])
+    return page.encode(errors="replace").decode()  # a folder's name may hold what UTF-8 cannot
