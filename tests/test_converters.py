@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -201,6 +202,11 @@ def test_pickapic_refuses_other_columns_and_labels():
         from_pickapic(wrong)
 
 
+def test_pickapic_advises_no_converter_that_is_used_already():
+    with pytest.raises(ValueError, match=r"lacks the column 'image_0_uid' of Pick-a-Pic: found .*; choose the conv"):
+        from_pickapic(pickapic().remove_columns("image_0_uid"), layout="unpaired")
+
+
 def test_pickapic_stream_in_another_order():
     stream = from_pickapic(pickapic().to_iterable_dataset(num_shards=5), layout="unpaired")
     with pytest.raises(ValueError, match=r"Comparison \d is another one than when the labels were collected"):
@@ -390,6 +396,48 @@ def test_folders(tmp_path, streaming):
     assert unpaired_rows(dataset) == [("caption of 1", 1, True), ("caption of 0", 0, True), ("caption of 2", 2, False)]
 
 
+MARK = b"\xef\xbb\xbf"
+
+
+@STREAMING
+def test_a_byte_order_mark_is_no_part_of_the_text(image_dir, streaming):
+    """Editors of Windows write it; it would become the first token of a prompt, or part of a column's name."""
+    (image_dir / "train" / "0.txt").write_bytes(MARK + b"a cat")
+    for i in range(1, len(PNGS)):
+        (image_dir / "train" / f"{i}.txt").write_bytes(b"a dog")
+    folders = from_folders(image_dir / "train", image_dir / "train", streaming=streaming)
+    assert next(iter(folders))["prompt"] == "a cat"
+    table = write_csv(image_dir / "a.csv", KTO_ROWS)
+    objects = write_json(image_dir / "a.json", [{"prompt": "p", "path1": "train/0.png", "path2": "train/1.png"}])
+    for file in (table, objects):
+        file.write_bytes(MARK + file.read_bytes())
+    assert next(iter(from_kto_csv(table, image_dir, streaming=streaming)))["prompt"] == 'a "red", round apple'
+    assert next(iter(from_hpdv3(objects, image_dir, streaming=streaming)))["prompt"] == "p"
+
+
+@STREAMING
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_another_encoding_is_refused_with_the_name_of_the_file(image_dir, encoding, streaming):
+    for i in range(len(PNGS)):
+        (image_dir / "train" / f"{i}.txt").write_bytes("café".encode(encoding))
+    with pytest.raises(ValueError, match=r"0.txt' is no UTF-8 text \(.*\): save it in UTF-8"):
+        list(from_folders(image_dir / "train", image_dir / "train", streaming=streaming))
+    table = image_dir / "a.csv"
+    table.write_text("file_name,caption,split\ntrain/0.png,café,exclusive_win\n", encoding=encoding)
+    with pytest.raises(ValueError, match=r"a.csv' is no UTF-8 text"):
+        from_kto_csv(table, image_dir, streaming=streaming)
+    objects = image_dir / "a.json"
+    objects.write_text('[{"prompt": "café", "path1": "a", "path2": "b"}]', encoding=encoding)
+    with pytest.raises(ValueError, match=r"a.json' is no UTF-8 text"):
+        from_hpdv3(objects, image_dir, streaming=streaming)
+
+
+def test_a_file_name_that_is_none_is_refused(image_dir):
+    objects = write_json(image_dir / "a.json", [{"prompt": "p", "path1": 5, "path2": "train/1.png"}])
+    with pytest.raises(ValueError, match=r"Object 0 of .*a.json names the image file 5, expected a path"):
+        from_hpdv3(objects, image_dir)
+
+
 def test_folder_errors(tmp_path):
     (tmp_path / "liked").mkdir()
     with pytest.raises(ValueError, match=r"Found no image in .*liked"):
@@ -493,7 +541,8 @@ def test_webdataset_of_pairs(tmp_path):
     assert paired_rows(from_webdataset(source, chosen="win.png", rejected="lose.png")) == [("p", 1, 0)]
     with pytest.raises(ValueError, match=r"chosen='win.png' and rejected=None: expected both"):
         from_webdataset(source, chosen="win.png")
-    with pytest.raises(ValueError, match="lacks the columns 'jpg', 'cls' of WebDataset with these fields"):
+    # Not the advice to use the converter that is used already.
+    with pytest.raises(ValueError, match=r"lacks the columns 'jpg', 'cls' of tar files .*; choose the converter of"):
         from_webdataset(source)
 
 
@@ -778,15 +827,15 @@ def test_convert_command(pickapic_folder, tmp_path, capsys, refused):
         ("--layout unpaired --broken_image drop", "--empty_prompt, --contradiction, --duplicate_row"),
     ],
 )
-def test_convert_asks_before_it_reads(tmp_path, monkeypatch, options, undecided):
+def test_convert_asks_before_it_reads(tmp_path, monkeypatch, refused, options, undecided):
     for name in ("load_dataset", "load_data"):
         monkeypatch.setattr(cli_data, name, lambda *args, **kwargs: pytest.fail("read"))
     command = ["data", "convert", "pickapic", "--dataset_name", "no/such", "--output_dir", str(tmp_path)]
-    with pytest.raises(ValueError, match=rf"Found no choice for {undecided}, expected one before the data are read"):
-        main([*command, *options.split()])
+    found = refused(*command, *options.split())
+    assert f"Found no choice for {undecided}, expected one before the data are read" in found
     (tmp_path / "train-00000-of-00001.parquet").touch()
-    with pytest.raises(ValueError, match=r"Found train-00000-of-00001.parquet in .*: expected no such split"):
-        main([*command, "--problems", "drop"])
+    found = refused(*command, "--problems", "drop")
+    assert re.search(r"Found train-00000-of-00001.parquet in .*: expected no such split", found)
 
 
 def test_convert_keeps_all_but_broken_images(tmp_path, capsys):

@@ -6,7 +6,7 @@ from datasets import Dataset
 
 from tests.conftest import pairs, unpaired
 from tests.test_features import calls, in_two_buckets
-from tests.test_methods import LORA, assert_equal, losses, trained, trainer_of, weights
+from tests.test_methods import LORA, assert_equal, logged, losses, trained, trainer_of, weights
 from tests.test_processes import launch, result
 
 
@@ -100,6 +100,17 @@ def test_the_training_is_the_live_one(tmp_path, case):
     assert [len(errors) for errors in computed.train_dataset["ref_errors"]] == counts.tolist()
     drawn = [tuple(draw) for errors in computed.train_dataset["ref_errors"] for draw in errors]
     assert len(set(drawn)) == len(drawn) == counts.sum()
+
+
+def test_another_micro_batch_takes_no_errors_of_the_first(tmp_path):
+    """A step that is split in another way has the same visits; but errors differ in the last digits."""
+    options = {"num_train_epochs": 1, "window": "step"}
+    for batch in (4, 1):
+        split = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 4 // batch}
+        live, computed = both(tmp_path / str(batch), "kto", lambda: liked(0.4), learning_rate=1e-4, **split, **options)
+        assert losses(computed) == losses(live)
+        assert logged(computed, "ref_errors/chosen") == logged(live, "ref_errors/chosen")
+        assert_equal(weights(computed), weights(live))
 
 
 @pytest.mark.parametrize("case", ["rpo, a timestep per window", "dpo, buckets"])

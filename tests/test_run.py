@@ -439,6 +439,7 @@ def test_what_changes_the_meaning_is_refused(models, contents, changes, message)
         {"max_steps": 8, "logging_steps": 5, "save_steps": 7, "save_total_limit": None, "report_to": "none"},
         {"num_train_epochs": 5, "max_steps": -1, "eval_strategy": "steps", "eval_dataset": unpaired(6)},
         {"gradient_checkpointing": False, "dataloader_num_workers": 1, "cache_features": True},
+        {"precompute_ref_log_probs": True},
         {"validation_prompts": ["a"], "error_growth_limit": 0.1, "hub_model_id": "a/b"},
         {"seed": 42, "data_seed": 42, "resolution": 16, "timestep_sampling": "uniform"},
         {"dataset": unpaired(16).select(range(12)), "ignore_data_skip": True},

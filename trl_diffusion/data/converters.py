@@ -11,9 +11,10 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +24,7 @@ from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from .cache import fingerprint, folder_state
-from .formats import HPDV3, KTO_CSV, PICKAPIC, AnyDataset, advice_for, check_dataset
+from .formats import HPDV3, KTO_CSV, PICKAPIC, WEBDATASET, AnyDataset, advice_for, check_dataset, known_layout
 from .paths import BATCH_SIZE, check_inside, inside_only, stored_image
 
 
@@ -50,9 +51,12 @@ def _check_columns(dataset: AnyDataset, columns: Sequence[str], layout: str) -> 
     found = dataset.column_names or list(next(iter(dataset), {}))
     missing = [name for name in columns if name not in found]
     if missing:
+        known, advice = known_layout(found), "choose the converter of its layout, or rename its columns"
+        # Not the converter that is asked for already.
+        advice = advice if known is not None and known.title == layout else advice_for(found, advice)
         raise ValueError(
             f"The data set lacks the column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))} of {layout}: "
-            f"found {sorted(found)}; {advice_for(found, 'choose the converter of its layout, or rename its columns')}."
+            f"found {sorted(found)}; {advice}."
         )
 
 
@@ -128,8 +132,20 @@ def _columns_in_batches(dataset: AnyDataset, columns: list[str], title: str) -> 
             bar.update(len(batch[columns[0]]))
 
 
+@contextmanager
+def _utf8(file: Path_, newline: str | None = None) -> Iterator[TextIO]:
+    """Opens a text file, with or without the byte order mark that editors of Windows write."""
+    try:
+        with open(file, newline=newline, encoding="utf-8-sig") as opened:
+            yield opened
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(file)!r} is no UTF-8 text ({error}): save it in UTF-8.") from error
+
+
 def _file_of(image_dir: str, name: str, allow_outside: bool, where: str) -> str:
     """The path of an image file that is named relative to a folder."""
+    if not isinstance(name, str):
+        raise ValueError(f"{where} names the image file {name!r}, expected a path: fix or drop the entry.")
     path = os.path.join(image_dir, name)
     if not allow_outside:
         check_inside(path, image_dir, where)
@@ -322,7 +338,7 @@ KTO_SPLITS = ("exclusive_win", "intersections", "exclusive_lose")
 
 
 def _kto_rows(csv_file: str) -> Iterator[dict[str, str]]:
-    with open(csv_file, newline="", encoding="utf-8") as file:
+    with _utf8(csv_file, newline="") as file:
         reader = csv.DictReader(file)
         missing = set(KTO_CSV.columns) - set(reader.fieldnames or ())
         if missing:
@@ -335,7 +351,7 @@ def _kto_rows(csv_file: str) -> Iterator[dict[str, str]]:
             if row["split"] not in KTO_SPLITS:
                 raise ValueError(
                     f"Line {reader.line_num} of {csv_file} has the split {row['split']!r}, expected one of "
-                    f"{list(KTO_SPLITS)}: mend or drop the line."
+                    f"{list(KTO_SPLITS)}: fix or drop the line."
                 )
             yield row
 
@@ -414,7 +430,7 @@ _JSON_GAP = re.compile(r"[\s,]*")
 def _json_array(json_file: str, chunk: int = 1 << 20) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a JSON array with their numbers, one at a time: the files are up to half a gigabyte long."""
     decoder = json.JSONDecoder()
-    with open(json_file, encoding="utf-8") as file:
+    with _utf8(json_file) as file:
         buffer = file.read(chunk).lstrip()
         if not buffer.startswith("["):
             raise ValueError(f"{json_file} starts with {buffer[:10]!r}, expected a JSON array of objects.")
@@ -636,7 +652,8 @@ def _folder_images(folder: str, allow_outside: bool) -> list[Path]:
 def _folder_examples(liked_dir: str, disliked_dir: str, allow_outside: bool) -> Iterator[dict[str, Any]]:
     for folder, label in ((liked_dir, True), (disliked_dir, False)):
         for path in _folder_images(folder, allow_outside):
-            prompt = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
+            with _utf8(path.with_suffix(".txt")) as file:
+                prompt = file.read().strip()
             yield {"prompt": prompt, "image": {"bytes": None, "path": str(path)}, "label": label}
 
 
@@ -802,7 +819,7 @@ def from_webdataset(
     fields = [prompt, image, label] if chosen is None or rejected is None else [prompt, chosen, rejected]
     found = set(dataset.column_names or ()) if isinstance(dataset, Dataset | IterableDataset) else set()
     columns = [field if field in found else field.split(".")[0] for field in fields]
-    _check_columns(dataset, columns, "WebDataset with these fields")
+    _check_columns(dataset, columns, WEBDATASET.title)
 
     def read(row: dict[str, Any], field: str, column: str, index: int) -> Any:
         if field == column:

@@ -55,6 +55,7 @@ KTO_CSV = KnownLayout("the CSV of the Diffusion-KTO authors", ("file_name", "cap
 HPDV2_TRAIN = KnownLayout("HPD v2", ("prompt", "human_preference"), "hpdv2")
 HPDV2_TEST = KnownLayout("the test set of HPD v2", ("prompt", "rank"), "hpdv2")
 HPDV3 = KnownLayout("HPD v3", ("prompt", "path1", "path2"), "hpdv3")
+WEBDATASET = KnownLayout("tar files in the WebDataset format", ("__key__", "__url__"), "webdataset")
 KNOWN_LAYOUTS = (
     PICKAPIC,
     KTO_CSV,
@@ -64,7 +65,7 @@ KNOWN_LAYOUTS = (
     KnownLayout(
         "open-image-preferences before it was binarized", ("image_simplified_dev", "image_simplified_sd"), None
     ),
-    KnownLayout("tar files in the WebDataset format", ("__key__", "__url__"), "webdataset"),
+    WEBDATASET,
     KnownLayout("a folder of images without prompts", ("image", "label"), "folders", alone=True),
     KnownLayout("a folder of images without prompts", ("image",), "folders", alone=True),
 )

@@ -581,6 +581,7 @@ class DiffusionTrainer(SavingTrainer):
             repr([replace(builder, columns=[], num_ref_draws=None) for builder in self.example_builders]),
             [self.timestep_sampling, args.weighting, args.snr_gamma, vars(self.family.process)],
             [self.accelerator.mixed_precision, args.disable_dropout, args.cache_features, args.features_dtype],
+            args.per_device_train_batch_size,  # in the last digits
         )
 
     @torch.no_grad()

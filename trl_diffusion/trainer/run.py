@@ -44,7 +44,8 @@ MAY_CHANGE = frozenset(
     "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order "
     "attention_backend channels_last compile_repeated_blocks torch_compile torch_compile_backend torch_compile_mode "
     "activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs "
-    "torch_empty_cache_steps full_determinism cache_features skip_memory_metrics use_cache debug "
+    "torch_empty_cache_steps full_determinism cache_features precompute_ref_log_probs skip_memory_metrics use_cache "
+    "debug "
     # How long it runs.
     "max_steps num_train_epochs "
     # What is logged, evaluated, sampled, saved and pushed, and where to.
