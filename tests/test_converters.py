@@ -831,11 +831,11 @@ def test_convert_asks_before_it_reads(tmp_path, monkeypatch, refused, options, u
     for name in ("load_dataset", "load_data"):
         monkeypatch.setattr(cli_data, name, lambda *args, **kwargs: pytest.fail("read"))
     command = ["data", "convert", "pickapic", "--dataset_name", "no/such", "--output_dir", str(tmp_path)]
-    found = refused(*command, *options.split())
-    assert f"Found no choice for {undecided}, expected one before the data are read" in found
+    message = refused(*command, *options.split())
+    assert f"Found no choice for {undecided}, expected one before the data are read" in message
     (tmp_path / "train-00000-of-00001.parquet").touch()
-    found = refused(*command, "--problems", "drop")
-    assert re.search(r"Found train-00000-of-00001.parquet in .*: expected no such split", found)
+    message = refused(*command, "--problems", "drop")
+    assert re.search(r"Found train-00000-of-00001.parquet in .*: expected no such split", message)
 
 
 def test_convert_keeps_all_but_broken_images(tmp_path, capsys):

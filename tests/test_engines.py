@@ -63,8 +63,6 @@ ACCUMULATED = [*VARIANTS] if ALL else ["kto", "rpo lora", "dpo", "sft lora"]
 BF16_ENGINES = [*ENGINES] if ALL else ["ddp", "zero3", "fsdp2"]
 BF16 = {**VARIANTS["dpo"], "bf16": True}
 ONCE = {"cache_features": True, "precompute_ref_log_probs": True}
-# The draws that it has for two steps an epoch.
-DRAWN = {"num_ref_draws": 3}
 # A reference that moves and an average of the weights, under AdamW: all that a checkpoint has to hold.
 ADAM = {"optim": "adamw_torch", "learning_rate": 1e-3, "beta": 100.0, "save_strategy": "steps", "save_steps": 3}
 STATEFUL: dict[str, dict] = {
@@ -160,8 +158,6 @@ def trained(tmp_path_factory):
     runs += [run(folder, f"one {name} 1x2", 1, 2, **VARIANTS[name]) for name in ACCUMULATED]
     runs += [run(folder, f"one {name}", 1, **options) for name, options in STATEFUL.items()]
     runs += [run(folder, "one bf16", 1, **BF16), run(folder, "one bf16 once", 1, **BF16, **ONCE)]
-    runs += [run(folder, "one bf16 drawn", 1, **BF16, **DRAWN)]
-    runs += [run(folder, "one dpo drawn", 1, **VARIANTS["dpo"], **DRAWN)]
     jobs = [{"engine": "ddp", "ranks": 1, "runs": runs}]
     for engine in ENGINES:
         splits = [(name, n) for of_engine, name, n in SPLITS if of_engine == engine]
@@ -233,7 +229,7 @@ def test_half_precision_is_for_computing_only(trained, engine):
 @pytest.mark.parametrize("name", ["zero3 dpo", "fsdp2 dpo", "one bf16"])
 def test_what_is_computed_before_is_the_same(trained, name):
     """Features and the reference's errors, by a model that no engine has yet: in the precision that it will have."""
-    once, twin = trained / f"{name} once", trained / f"one {name.split()[1]} drawn"
+    once, twin = trained / f"{name} once", trained / ("one bf16" if "bf16" in name else "one dpo 1x1")
     assert "reference" not in result(once)
     if "bf16" in name:
         assert losses(once)[0] == pytest.approx(math.log(2), abs=1e-6)

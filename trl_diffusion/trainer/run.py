@@ -235,7 +235,8 @@ def check_start(args) -> None:
 
     def check() -> None:
         check_writable(args.output_dir)
-        with locked(Path(args.output_dir)):
+        folder = Path(args.output_dir)
+        with locked(folder) if folder.is_dir() else contextlib.nullcontext():
             check_output_dir(args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
 
     engines.check_processes(args)  # else each of several would think itself the first
@@ -278,10 +279,14 @@ def check_kind(folder: Path, adapter: bool) -> None:
 
 
 def check_writable(output_dir: str) -> None:
-    """Raises `OSError` where no file can be written to the output folder, before anything is computed for it."""
+    """
+    Raises `OSError` where no file can be written to the output folder, before anything is computed for it. A folder
+    that was not there is removed again: the next check may refuse the run.
+    """
     if not str(output_dir).strip():
         raise ValueError("Found an empty `output_dir`, expected a folder, such as outputs/kto.")
     probe = Path(output_dir) / f"_probe-{os.getpid()}"
+    missing = [folder for folder in probe.parents if not folder.exists()]
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
         with probe.open("wb") as file:
@@ -295,6 +300,8 @@ def check_writable(output_dir: str) -> None:
     finally:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
+            for folder in missing:
+                folder.rmdir()
 
 
 # ---- Who writes -----------------------------------------------------------------------------------------------------
