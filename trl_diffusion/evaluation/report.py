@@ -218,7 +218,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 h1, h2 { overflow-wrap: anywhere; line-height: 1.25; }
-.scroll { overflow-x: auto; }
+body > div { overflow-x: auto; }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child { text-align: left; }
 section { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1rem; }
@@ -262,7 +262,7 @@ def as_html(
         '<meta name="viewport" content="width=device-width">',
         f"<title>{title}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{title}</h1>",
-        f'<div class="scroll"><table>\n{table}\n</table></div>',
+        f"<div><table>\n{table}\n</table></div>",
         *(f"<p>{text(sentence)}</p>" for sentence in _verdicts(evaluation, comparisons)),
         f"<p>{text(_explanation(evaluation))}</p>",
     ]
