@@ -149,9 +149,10 @@ def _verdicts(evaluation: Evaluation, comparisons: dict[str, Comparison]) -> lis
 
 
 def _explanation(evaluation: Evaluation) -> str:
+    images = "1 image" if len(evaluation.seeds) == 1 else f"{len(evaluation.seeds)} images"
     settings = ", ".join(f"{name} {value}" for name, value in evaluation.settings.items())
     return (
-        f"{len(evaluation.prompts)} prompts, {len(evaluation.seeds)} images each, the same seeds for both; "
+        f"{len(evaluation.prompts)} prompts, {images} each, the same seeds for both; "
         f"{settings}. In brackets 95 % bootstrap intervals over prompts; an interval without width means that all "
         "prompts agree, so the sentence on each scorer takes the wider of it and Wilson's. The median difference is "
         "that of the prompts' medians. The win rate of medians compares the median image of each "
