@@ -250,6 +250,15 @@ def test_a_base_that_is_another_model(place, tmp_path, capsys, for_diffusers):
     assert (tmp_path / "merged").is_dir()
 
 
+@pytest.mark.parametrize("layout", ["diffusers", "comfyui", "kohya"])
+def test_an_exported_lora_is_merged(place, tmp_path, layout):
+    export_lora(place / "run", tmp_path / "lora.safetensors", layout=layout)
+    found, expected = (load_merged(name).unet.state_dict() for name in (tmp_path / "lora.safetensors", place / "run"))
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
+
+
 def test_evaluate_reads_exported_files(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scorer.py").write_text("def score(images, prompts):\n    return [0.5] * len(images)\n")

@@ -318,6 +318,14 @@ def test_a_dropped_prompt_of_qwen_image_is_what_it_is_guided_away_from():
 # ---- Sampling -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("name", "options"), [("QwenImagePipeline", {}), ("FluxPipeline", {"guidance_embeds": False})]
+)
+def test_a_negative_prompt_of_the_caller_is_kept(name, options):
+    found = family(name, **options).sampling_kwargs(guidance_scale=4.0, negative_prompt="a dog")
+    assert found == {"true_cfg_scale": 4.0, "negative_prompt": "a dog"}
+
+
 def sampled(name: str, **options) -> list[np.ndarray]:
     """Two images of no square, with the library's options."""
     side = RESOLUTION[name]

@@ -554,7 +554,13 @@ def load_merged(name: Path_, base_model: str | None = None, **kwargs: Any) -> Di
     """
     name = str(name)
     if not is_adapter(name):
-        return load_trained(name, base_model=base_model, **kwargs)
+        whole: Any = load_trained(name, base_model=base_model, **kwargs)
+        if os.path.isfile(name):
+            denoiser = getattr(whole, family_class(type(whole).__name__).denoiser_name)
+            if getattr(denoiser, "peft_config", None):
+                denoiser.fuse_lora()
+                denoiser.unload_lora()
+        return whole
     base = base_model_of(name, base_model)
     with naming_the_base(name, base):
         denoiser_name = family_class(read_index(base, **kwargs)["_class_name"]).denoiser_name

@@ -39,7 +39,9 @@ def make_parser() -> argparse.ArgumentParser:
         "(--prompts_file, --scorers), how well the policy tells the images of preference data apart (--dataset_name), "
         "or both. Started again, the drawing goes on where it was interrupted.",
     )
-    parser.add_argument("--model_name_or_path", required=True, help="Hub id, pipeline folder, or a training's output")
+    parser.add_argument(
+        "--model_name_or_path", required=True, help="Hub id, pipeline folder, a training's output, or an exported file"
+    )
     parser.add_argument("--baseline_name_or_path", required=True, help="the same, of what to compare with")
     parser.add_argument(
         "--base_model", help="the base model of the adapters, instead of the one that they name: Hub id or folder"

@@ -19,7 +19,9 @@ from .inputs import check_model, read_lines
 
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="trl-diffusion generate", description="Draw images, and a grid of them.")
-    parser.add_argument("--model_name_or_path", required=True, help="Hub id, pipeline folder, or a training's output")
+    parser.add_argument(
+        "--model_name_or_path", required=True, help="Hub id, pipeline folder, a training's output, or an exported file"
+    )
     parser.add_argument(
         "--base_model", help="an adapter's base model, instead of the one that it names: Hub id or folder"
     )

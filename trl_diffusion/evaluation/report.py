@@ -149,9 +149,10 @@ def _verdicts(evaluation: Evaluation, comparisons: dict[str, Comparison]) -> lis
 
 
 def _explanation(evaluation: Evaluation) -> str:
+    images = "1 image" if len(evaluation.seeds) == 1 else f"{len(evaluation.seeds)} images"
     settings = ", ".join(f"{name} {value}" for name, value in evaluation.settings.items())
     return (
-        f"{len(evaluation.prompts)} prompts, {len(evaluation.seeds)} images each, the same seeds for both; "
+        f"{len(evaluation.prompts)} prompts, {images} each, the same seeds for both; "
         f"{settings}. In brackets 95 % bootstrap intervals over prompts; an interval without width means that all "
         "prompts agree, so the sentence on each scorer takes the wider of it and Wilson's. The median difference is "
         "that of the prompts' medians. The win rate of medians compares the median image of each "
@@ -218,7 +219,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 h1, h2 { overflow-wrap: anywhere; line-height: 1.25; }
-.scroll { overflow-x: auto; }
+body > div { overflow-x: auto; }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child { text-align: left; }
 section { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1rem; }
@@ -262,7 +263,7 @@ def as_html(
         '<meta name="viewport" content="width=device-width">',
         f"<title>{title}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{title}</h1>",
-        f'<div class="scroll"><table>\n{table}\n</table></div>',
+        f"<div><table>\n{table}\n</table></div>",
         *(f"<p>{text(sentence)}</p>" for sentence in _verdicts(evaluation, comparisons)),
         f"<p>{text(_explanation(evaluation))}</p>",
     ]

@@ -40,7 +40,7 @@ class Flux(FlowFamily):
             return options
         if self.denoiser.config.guidance_embeds:
             return options | {"guidance_scale": guidance_scale}
-        return options | classifier_free_guidance(guidance_scale, "")
+        return classifier_free_guidance(guidance_scale, "") | options
 
     def denoise(self, model, x_t: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         pipeline, (batch, channels, height, width) = self.pipeline, x_t.shape

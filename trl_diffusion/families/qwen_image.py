@@ -64,7 +64,7 @@ class QwenImage(FlowFamily):
         # The pipeline's own `guidance_scale` is for models with an embedded one, of which there are none.
         if guidance_scale is None:
             return options
-        return options | classifier_free_guidance(guidance_scale, self.no_prompt)
+        return classifier_free_guidance(guidance_scale, self.no_prompt) | options
 
     def denoise(self, model, x_t: torch.Tensor, t: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         pipeline, (batch, channels, height, width) = self.pipeline, x_t.shape
