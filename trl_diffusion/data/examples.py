@@ -213,6 +213,11 @@ class StreamingExamples(torch_data.IterableDataset):
                 place += 1
                 if filling and place % self.multiple_of == 0:
                     return
+            if place == 0:
+                raise ValueError(
+                    "Found no row in the stream, or none with a `weight` above 0: expected at least one; look at its "
+                    "files, filters and weights."
+                )
             if place == before:
                 return
             filling = True
