@@ -168,14 +168,21 @@ def test_a_stream_is_filled_up_with_its_first_rows_and_other_noise(tmp_path):
         list(StreamingExamples(stream.take(0), builder, True, multiple_of=8))
 
 
-def test_drop_last_leaves_no_window_of_one_pair(tmp_path):
+@pytest.mark.parametrize("batch", [1, 2])
+def test_drop_last_leaves_no_window_of_one_pair(tmp_path, batch):
+    """Trainer leaves nothing out of a stream: five pairs ended in a step, and a window, of one."""
     rows = pairs(5)
     for name in EMBEDDING_COLUMNS:
         rows = rows.add_column(name, list(np.eye(5, 3, dtype=np.float32) + 1))
-    stream = rows.to_iterable_dataset()
-    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "window": "step"}
-    with pytest.raises(ValueError, match="the last step of a stream may have a single pair"):
-        trainer_of("rpo", tmp_path, stream, dataloader_drop_last=True, **options)
+    options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 4 // batch, "window": "step"}
+    stream, options = rows.to_iterable_dataset(), options | {"dataloader_drop_last": True, "diagonal": "exclude"}
+    trainer = trained("rpo", tmp_path, stream, max_steps=3, **options)
+    assert np.isfinite(losses(trainer)).all()
+    trainer = trainer_of("rpo", tmp_path, rows.take(3).to_iterable_dataset(), **options)
+    with pytest.raises(
+        ValueError, match=r"Found 3 training rows in the stream, fewer than the 4 of one optimizer step"
+    ):
+        trainer.train()
 
 
 # ---- What costs nothing, and what a device lacks --------------------------------------------------------------------

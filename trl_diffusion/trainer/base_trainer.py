@@ -622,10 +622,8 @@ class DiffusionTrainer(SavingTrainer):
         examples: Examples | StreamingExamples
         if isinstance(dataset, IterableDataset):
             # As [`KeyedSampler`] does, so that no step, and no window of it, is smaller than the others.
-            fill = is_training and not self.args.dataloader_drop_last
-            examples = StreamingExamples(
-                dataset, builders[0], is_training, self.rows_per_window, self.examples_per_step if fill else 1
-            )
+            rows, drop_last = (self.examples_per_step, self.args.dataloader_drop_last) if is_training else (1, False)
+            examples = StreamingExamples(dataset, builders[0], is_training, self.rows_per_window, rows, drop_last)
         else:
             buckets, order = self.buckets(dataset), None
             if buckets is not None and not is_training:
