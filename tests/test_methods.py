@@ -529,3 +529,16 @@ def test_model_card_of_rpo_names_the_embedding(tmp_path, clip_folder):
     }
     for name, trainer in made.items():
         assert trainer.card_settings()["embedding"].startswith(name)
+
+
+@ALL
+def test_an_evaluation_leaves_no_row_out(tmp_path, method):
+    """`dataloader_drop_last` is for steps of a training; Trainer applies it to an evaluation's last batch too."""
+    data, found = METHODS[method].data(7), []
+    for drop in (False, True):
+        options = {"dataloader_drop_last": drop, "per_device_eval_batch_size": 4}
+        trainer = trainer_of(method, tmp_path, eval_dataset=data, **options)
+        metrics = trainer.evaluate()
+        found.append({name: value for name, value in metrics.items() if "time" not in name and "second" not in name})
+        assert trainer.args.dataloader_drop_last is drop
+    assert found[0] == found[1]

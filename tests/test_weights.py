@@ -46,6 +46,17 @@ def test_all_rows_left_out(tmp_path, method):
         trainer_of(method, tmp_path, weighted(method, [0.0] * 4))
 
 
+@pytest.mark.parametrize("method", ["kto", "sft"])
+def test_a_stream_without_a_row_to_read(tmp_path, method):
+    """Its length is not known before: a training would end after no step, and without a word."""
+    none = weighted(method, [0.0] * 4).to_iterable_dataset()
+    options = {"desirable_ratio": None} if method == "kto" else {}
+    with pytest.raises(ValueError, match=r"Found no row in the stream, or none with a `weight` above 0: expected at"):
+        trainer_of(method, tmp_path, none, **options).train()
+    with pytest.raises(ValueError, match=r"Found no row in the stream"):
+        trainer_of(method, tmp_path, eval_dataset=none).evaluate()
+
+
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
 def test_streams_are_checked_row_by_row(tmp_path, value):
     data = weighted("kto", [1.0, 0.0, 0.0, 1.0, value, 1.0])
@@ -153,17 +164,25 @@ def test_a_stream_is_filled_up_with_its_first_rows_and_other_noise(tmp_path):
     assert not torch.equal(examples[0]["noise"], examples[5]["noise"])
     assert len(list(StreamingExamples(stream, builder, True))) == 5
     assert len(list(StreamingExamples(stream.take(3), builder, True, multiple_of=8))) == 8
-    assert not list(StreamingExamples(stream.take(0), builder, True, multiple_of=8))
+    with pytest.raises(ValueError, match="Found no row in the stream"):
+        list(StreamingExamples(stream.take(0), builder, True, multiple_of=8))
 
 
-def test_drop_last_leaves_no_window_of_one_pair(tmp_path):
+@pytest.mark.parametrize("batch", [1, 2])
+def test_drop_last_leaves_no_window_of_one_pair(tmp_path, batch):
+    """Trainer leaves nothing out of a stream: five pairs ended in a step, and a window, of one."""
     rows = pairs(5)
     for name in EMBEDDING_COLUMNS:
         rows = rows.add_column(name, list(np.eye(5, 3, dtype=np.float32) + 1))
-    stream = rows.to_iterable_dataset()
-    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "window": "step"}
-    with pytest.raises(ValueError, match="the last step of a stream may have a single pair"):
-        trainer_of("rpo", tmp_path, stream, dataloader_drop_last=True, **options)
+    options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 4 // batch, "window": "step"}
+    stream, options = rows.to_iterable_dataset(), options | {"dataloader_drop_last": True, "diagonal": "exclude"}
+    trainer = trained("rpo", tmp_path, stream, max_steps=3, **options)
+    assert np.isfinite(losses(trainer)).all()
+    trainer = trainer_of("rpo", tmp_path, rows.take(3).to_iterable_dataset(), **options)
+    with pytest.raises(
+        ValueError, match=r"Found 3 training rows in the stream, fewer than the 4 of one optimizer step"
+    ):
+        trainer.train()
 
 
 # ---- What costs nothing, and what a device lacks --------------------------------------------------------------------

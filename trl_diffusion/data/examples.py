@@ -182,6 +182,7 @@ class StreamingExamples(torch_data.IterableDataset):
         multiple_of (`int`, *optional*, defaults to `1`):
             The rows are filled up to a multiple of this number with rows of a second pass, and their own noise, as
             [`KeyedSampler`] does.
+        drop_last (`bool`, *optional*, defaults to `False`): Whether to leave out what fills no such multiple instead.
     """
 
     def __init__(
@@ -191,15 +192,33 @@ class StreamingExamples(torch_data.IterableDataset):
         training: bool,
         rows_per_window: int = 1,
         multiple_of: int = 1,
+        drop_last: bool = False,
     ):
         self.rows, self.builder, self.training, self.epoch = dataset, builder, training, 0
-        self.rows_per_window, self.multiple_of = rows_per_window, multiple_of
+        self.rows_per_window, self.multiple_of, self.drop_last = rows_per_window, multiple_of, drop_last
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
         self.rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        if not self.drop_last:
+            yield from self._examples()
+            return
+        # A multiple is held until it is full: where a stream ends is not known before.
+        held, full = [], False
+        for example in self._examples():
+            held.append(example)
+            if len(held) == self.multiple_of:
+                yield from held
+                held, full = [], True
+        if not full:
+            raise ValueError(
+                f"Found {len(held)} training rows in the stream, fewer than the {self.multiple_of} of one optimizer "
+                "step, and `dataloader_drop_last=True`: set it to False or make the step smaller."
+            )
+
+    def _examples(self) -> Iterator[dict[str, Any]]:
         epoch = self.epoch if self.training else EVALUATION
         place, filling = 0, False
         while not filling or place % self.multiple_of:
@@ -213,7 +232,12 @@ class StreamingExamples(torch_data.IterableDataset):
                 place += 1
                 if filling and place % self.multiple_of == 0:
                     return
-            if place == before:
+            if place == 0:
+                raise ValueError(
+                    "Found no row in the stream, or none with a `weight` above 0: expected at least one; look at its "
+                    "files, filters and weights."
+                )
+            if place == before or self.drop_last:
                 return
             filling = True
 

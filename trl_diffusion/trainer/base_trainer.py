@@ -622,16 +622,20 @@ class DiffusionTrainer(SavingTrainer):
         examples: Examples | StreamingExamples
         if isinstance(dataset, IterableDataset):
             # As [`KeyedSampler`] does, so that no step, and no window of it, is smaller than the others.
-            fill = is_training and not self.args.dataloader_drop_last
-            examples = StreamingExamples(
-                dataset, builders[0], is_training, self.rows_per_window, self.examples_per_step if fill else 1
-            )
+            rows, drop_last = (self.examples_per_step, self.args.dataloader_drop_last) if is_training else (1, False)
+            examples = StreamingExamples(dataset, builders[0], is_training, self.rows_per_window, rows, drop_last)
         else:
             buckets, order = self.buckets(dataset), None
             if buckets is not None and not is_training:
                 order = in_whole_batches(buckets, batch_size * self.args.world_size)
             examples = Examples(dataset, builders, self.rows_per_window, buckets, order)
-        return super()._get_dataloader(examples, description, batch_size, sampler_fn, is_training, dataloader_key)
+        drop_last = self.args.dataloader_drop_last
+        # Trainer would leave out rows of an evaluation too, which is of the whole set.
+        self.args.dataloader_drop_last = drop_last and is_training
+        try:
+            return super()._get_dataloader(examples, description, batch_size, sampler_fn, is_training, dataloader_key)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def buckets(self, dataset: Dataset) -> np.ndarray | None:
         """The number in `image_sizes` of each row's bucket, which its first image decides; None if there is one."""

@@ -121,15 +121,6 @@ class DiffusionRPOTrainer(DiffusionTrainer):
             )
         return embed_pairs(dataset, self._embedder)
 
-    def _check_training_stream(self, args: DiffusionRPOConfig) -> None:
-        super()._check_training_stream(args)
-        if args.dataloader_drop_last and args.world_size * args.per_device_train_batch_size < 2:
-            raise ValueError(
-                "With `dataloader_drop_last=True` the last step of a stream may have a single pair, which makes no "
-                "contrast set, found per_device_train_batch_size=1 on one rank: raise it to at least 2, or set "
-                "`dataloader_drop_last=False`, which fills the step up."
-            )
-
     def check_batch_size(self, args: DiffusionRPOConfig) -> None:
         if rows_per_window(args) < 2:
             raise ValueError(
