@@ -29,6 +29,7 @@ from tests.methods import METHODS, make_trainer
 from tests.tiny import tiny_stable_diffusion
 from trl_diffusion import DiffusionKTOConfig, DiffusionKTOTrainer, engines, files, hub
 from trl_diffusion.cli import training
+from trl_diffusion.cli.launch import Launch
 from trl_diffusion.trainer import run
 
 
@@ -503,6 +504,19 @@ def test_an_option_that_nobody_classified(models, contents):
                 own.check_checkpoint(checkpoint)
 
 
+def test_a_field_that_a_later_peft_adds(models, contents, tmp_path):
+    """It had its default before."""
+    checkpoint = shutil.copytree(contents("lora") / "checkpoint-3", tmp_path / "checkpoint-3")
+    record = run.read_record(checkpoint)
+    for name in ("lora_dropout", "use_rslora", "rank_pattern"):
+        del record["settings"][f"adapter.{name}"]
+    (checkpoint / run.RECORD).write_text(json.dumps(record))
+    build(models, tmp_path / "a", peft_config=LORA).run.check_checkpoint(checkpoint)
+    other = dataclasses.replace(LORA, use_rslora=True)
+    with pytest.raises(ValueError, match=r"has `adapter.use_rslora` False, found True: resume"):
+        build(models, tmp_path / "b", peft_config=other).run.check_checkpoint(checkpoint)
+
+
 def test_every_option_that_may_change_exists():
     """A name that transformers drops must not linger; but for those of other versions."""
     options = {field.name for method in METHODS.values() for field in dataclasses.fields(method.config)}
@@ -879,6 +893,14 @@ def test_the_command_looks_at_the_folder_before_it_loads_anything(models, conten
     monkeypatch.setattr(training, "make_trainer", lambda *args: pytest.fail("it was loaded"))
     with pytest.raises(ValueError, match=r"Found checkpoint-3 of a Diffusion-KTO run"):
         training.train(DiffusionKTOTrainer, None, args, None)
+
+
+def test_the_command_looks_at_the_folder_before_it_starts_processes(models, contents, refused, monkeypatch, tmp_path):
+    unpaired().to_parquet(str(tmp_path / "train.parquet"))
+    monkeypatch.setattr(Launch, "start", lambda *args: pytest.fail("processes were started"))
+    words = ["--model_name_or_path", models / "model-0", "--dataset_name", tmp_path, "--use_cpu"]
+    line = refused("kto", *words, "--num_processes", 2, "--output_dir", contents("finished"))
+    assert "Found checkpoint-3 of a Diffusion-KTO run" in line
 
 
 # ---- Kill -9 --------------------------------------------------------------------------------------------------------
