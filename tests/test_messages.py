@@ -139,7 +139,7 @@ TABLE = [
     (f"{SCORE} --max_prompts 0", "max_prompts: found 0", "at least 1"),
     (f"{SCORE} --max_prompts -1", "max_prompts: found -1", "at least 1"),
     (f"{SCORE} --batch_size 0", "batch_size: found 0", "at least 1"),
-    (f"{SCORE} --resolution 0", "resolution: found 0", "at least 1"),
+    (f"{SCORE} --resolution 0", "Found resolution=0", "expected a multiple of 2"),
     (f"{SCORE} --seed -3", "found -3", "from 0 to"),
     (f"{SCORE} --guidance_scale nan", "found nan", "a finite number"),
     (f"{EVALUATE} --dataset_name {{pairs}} --num_draws 0", "num_draws: found 0", "at least 1"),

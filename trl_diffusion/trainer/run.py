@@ -236,7 +236,8 @@ def check_start(args) -> None:
 def check_folder(args) -> None:
     """[`check_output_dir`] for a command, which says beforehand how it starts; nobody may be writing there."""
     check_writable(args.output_dir)
-    with locked(Path(args.output_dir)):
+    folder = Path(args.output_dir)
+    with locked(folder) if folder.is_dir() else contextlib.nullcontext():
         check_output_dir(args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
 
 
@@ -279,9 +280,10 @@ def check_writable(output_dir: str) -> None:
     """Raises `OSError` where no file can be written to the output folder, before anything is computed for it."""
     if not str(output_dir).strip():
         raise ValueError("Found an empty `output_dir`, expected a folder, such as outputs/kto.")
-    probe = Path(output_dir) / f"_probe-{os.getpid()}"
+    # Where it is not there yet, its place: what is refused later leaves no empty folder.
+    folder = next(path for path in (Path(output_dir), *Path(output_dir).parents) if os.path.exists(path))
+    probe = folder / f"_probe-{os.getpid()}"
     try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
         with probe.open("wb") as file:
             file.write(bytes(4096))
             file.flush()
