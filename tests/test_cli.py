@@ -186,7 +186,7 @@ def test_env(capsys):
 def test_the_command_is_installed(run):
     result = run(BIN / "trl-diffusion", "env")
     assert f"- torch: {version('torch')}" in result.stdout
-    assert "unrecognized arguments: --nonsense" in run(BIN / "trl-diffusion", "env", "--nonsense", check=False).stderr
+    assert "Found no option '--nonsense'" in run(BIN / "trl-diffusion", "env", "--nonsense", check=False).stderr
 
 
 # ---- kto ------------------------------------------------------------------------------------------------------------
