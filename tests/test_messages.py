@@ -146,6 +146,8 @@ TABLE = [
     (f"{EVALUATE} --dataset_name {{pairs}} --num_draws 0", "num_draws: found 0", "at least 1"),
     ("bench --bench_steps 0", "bench_steps=0", "at least 1"),
     ("bench --bench_steps many", "'many'", "int"),
+    ("bench --method ktoo", "'ktoo'", "did you mean 'kto'"),
+    ('bench --against "--beta \'1"', "against=", "No closing quotation"),
     ("bench --bench_warmup -1", "bench_warmup=-1", "at least 1"),
     ("bench --estimate --batch_size 0", "batch_size: found 0", "at least 1"),
     ("bench --estimate --lora_r -4", "lora_r: found -4", "at least 1"),

@@ -29,6 +29,7 @@ from tests.methods import METHODS, make_trainer
 from tests.tiny import tiny_stable_diffusion
 from trl_diffusion import DiffusionKTOConfig, DiffusionKTOTrainer, engines, files, hub
 from trl_diffusion.cli import training
+from trl_diffusion.cli.launch import Launch
 from trl_diffusion.trainer import run
 
 
@@ -504,6 +505,19 @@ def test_an_option_that_nobody_classified(models, contents):
                 own.check_checkpoint(checkpoint)
 
 
+def test_a_field_that_a_later_peft_adds(models, contents, tmp_path):
+    """It had its default before."""
+    checkpoint = shutil.copytree(contents("lora") / "checkpoint-3", tmp_path / "checkpoint-3")
+    record = run.read_record(checkpoint)
+    for name in ("lora_dropout", "use_rslora", "rank_pattern"):
+        del record["settings"][f"adapter.{name}"]
+    (checkpoint / run.RECORD).write_text(json.dumps(record))
+    build(models, tmp_path / "a", peft_config=LORA).run.check_checkpoint(checkpoint)
+    other = dataclasses.replace(LORA, use_rslora=True)
+    with pytest.raises(ValueError, match=r"has `adapter.use_rslora` False, found True: resume"):
+        build(models, tmp_path / "b", peft_config=other).run.check_checkpoint(checkpoint)
+
+
 def test_every_option_that_may_change_exists():
     """A name that transformers drops must not linger; but for those of other versions."""
     options = {field.name for method in METHODS.values() for field in dataclasses.fields(method.config)}
@@ -760,7 +774,7 @@ def test_a_folder_that_cannot_be_written_is_found_first(models, tmp_path, monkey
         OSError, match=r"`output_dir` .*full: .*No space left on device; choose another folder, or mak"
     ):
         build(models, tmp_path / "full", save_strategy=save_strategy)
-    assert not list((tmp_path / "full").iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(
@@ -796,9 +810,9 @@ def test_weights_that_are_not_finite_are_not_saved(models, tmp_path, folder):
         ("lr_scheduler_kwargs", "{'min_lr': 0}", r"Found no JSON in `lr_scheduler_kwargs` \(Expecting property"),
         ("lr_scheduler_kwargs", "min_lr=0", r"Found no JSON in `lr_scheduler_kwargs` \(Expecting value"),
         (
-            "gradient_checkpointing_kwargs",
+            "activation_checkpointing_kwargs",
             "[1]",
-            r"Found a list in `gradient_checkpointing_kwargs`, expected a ma",
+            r"Found a list in `activation_checkpointing_kwargs`, expected a ma",
         ),
         ("model_init_kwargs", ["a"], r"Found a list in `model_init_kwargs`, expected a mapping"),
         (
@@ -880,6 +894,14 @@ def test_the_command_looks_at_the_folder_before_it_loads_anything(models, conten
     monkeypatch.setattr(training, "make_trainer", lambda *args: pytest.fail("it was loaded"))
     with pytest.raises(ValueError, match=r"Found checkpoint-3 of a Diffusion-KTO run"):
         training.train(DiffusionKTOTrainer, None, args, None)
+
+
+def test_the_command_looks_at_the_folder_before_it_starts_processes(models, contents, refused, monkeypatch, tmp_path):
+    unpaired().to_parquet(str(tmp_path / "train.parquet"))
+    monkeypatch.setattr(Launch, "start", lambda *args: pytest.fail("processes were started"))
+    words = ["--model_name_or_path", models / "model-0", "--dataset_name", tmp_path, "--use_cpu"]
+    line = refused("kto", *words, "--num_processes", 2, "--output_dir", contents("finished"))
+    assert "Found checkpoint-3 of a Diffusion-KTO run" in line
 
 
 # ---- Kill -9 --------------------------------------------------------------------------------------------------------

@@ -110,7 +110,12 @@ def run_measure(argv: list[str]) -> None:
             result = measure(make_trainer(argv, folder, warmup + 2 * steps + 1), warmup, steps, options.bare_loop)
             text = as_text(result, options.peak_tflops)
         else:
-            others = [*argv, *shlex.split(options.against)]
+            try:
+                others = [*argv, *shlex.split(options.against)]
+            except ValueError as error:
+                raise ValueError(
+                    f"Found against={options.against!r}, which is no command line: {error}; close what is open"
+                ) from None
             if replace(parse_options(others, folder)[0], method=options.method) != options:
                 raise ValueError(
                     f"Found options of the measurement in `against={options.against!r}`, which is one for both "
@@ -131,7 +136,8 @@ def parse_options(argv: list[str], folder: str) -> tuple[BenchArguments, Any, Be
     Raises:
         `ValueError`: with more than one process, or a length of its own.
     """
-    choice = argparse.ArgumentParser(add_help=False)
+    choice = Parser(prog="trl-diffusion bench", add_help=False)
+    choice.strict = False  # the rest of the options comes after
     choice.add_argument("--method", choices=METHODS, default="kto")
     config_class = getattr(trl_diffusion, f"{METHODS[choice.parse_known_args(argv)[0].method]}Config")
     parser = ConfigParser((BenchArguments, config_class, BenchModelArguments), prog="trl-diffusion bench")

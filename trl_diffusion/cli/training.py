@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from ..data.paths import folder_of, inside_only
 from ..redaction import redact_argv, redacted, reveal
-from ..trainer.run import check_start
+from ..trainer.run import check_folder, check_start
 from .arguments import ModelArguments, ScriptArguments
 from .errors import DEBUG, USER_ERRORS, one_line, one_line_errors, suggestion
 from .inputs import ConfigParser, check_model, load_data, read_config
@@ -272,6 +272,8 @@ def launch(method: str, config_class, load_trainer: Callable[[], type], argv: li
             # What every rank would say, seconds later.
             check_model(parsed[2].model_name_or_path)
             load_splits(*parsed[:2])
+            if not plan.args.machine_rank:  # of several machines the first one holds the folder
+                check_folder(parsed[1])
             plan.start(method, own, prog)
 
 

@@ -229,18 +229,17 @@ def check_output_dir(
 
 
 def check_start(args) -> None:
-    """
-    [`check_output_dir`] for a command, which says beforehand how it starts; nobody may be writing there. On all ranks.
-    """
-
-    def check() -> None:
-        check_writable(args.output_dir)
-        folder = Path(args.output_dir)
-        with locked(folder) if folder.is_dir() else contextlib.nullcontext():
-            check_output_dir(args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
-
+    """[`check_folder`], on all ranks."""
     engines.check_processes(args)  # else each of several would think itself the first
-    engines.on_first_rank(check)
+    engines.on_first_rank(lambda: check_folder(args))
+
+
+def check_folder(args) -> None:
+    """[`check_output_dir`] for a command, which says beforehand how it starts; nobody may be writing there."""
+    check_writable(args.output_dir)
+    folder = Path(args.output_dir)
+    with locked(folder) if folder.is_dir() else contextlib.nullcontext():
+        check_output_dir(args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
 
 
 def clear(folder: Path) -> None:
@@ -280,15 +279,15 @@ def check_kind(folder: Path, adapter: bool) -> None:
 
 def check_writable(output_dir: str) -> None:
     """
-    Raises `OSError` where no file can be written to the output folder, before anything is computed for it. A folder
-    that was not there is removed again: the next check may refuse the run.
+    Raises `OSError` where no file can be written to the output folder, before anything is computed for it. The folder
+    is not made yet: the next check may refuse the run.
     """
     if not str(output_dir).strip():
         raise ValueError("Found an empty `output_dir`, expected a folder, such as outputs/kto.")
-    probe = Path(output_dir) / f"_probe-{os.getpid()}"
-    missing = [folder for folder in probe.parents if not folder.exists()]
+    # Where it is not there yet, its place: what is refused later leaves no empty folder.
+    folder = next(path for path in (Path(output_dir), *Path(output_dir).parents) if os.path.exists(path))
+    probe = folder / f"_probe-{os.getpid()}"
     try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
         with probe.open("wb") as file:
             file.write(bytes(4096))
             file.flush()
@@ -300,8 +299,6 @@ def check_writable(output_dir: str) -> None:
     finally:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
-            for folder in missing:
-                folder.rmdir()
 
 
 # ---- Who writes -----------------------------------------------------------------------------------------------------
@@ -464,6 +461,16 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
+def _defaults_of(config: Any) -> dict[str, Any]:
+    """Defaults of a dataclass by name, as a record has them."""
+    missing = dataclasses.MISSING
+    return {
+        field.name: _plain(field.default if field.default_factory is missing else field.default_factory())
+        for field in dataclasses.fields(config)
+        if field.init and (field.default, field.default_factory) != (missing, missing)
+    }
+
+
 class Run:
     """
     What a trainer's run is: its identity, which is recorded in the output folder and in every checkpoint.
@@ -482,10 +489,12 @@ class Run:
         self._held = False
         options = {name: _plain(value) for name, value in self.args.to_dict().items() if name not in MAY_CHANGE}
         adapter = {}
+        self._defaults = _defaults_of(self.args)
         if self.adapter:
-            config = trainer.model.peft_config["default"].to_dict()
+            config = trainer.model.peft_config["default"]
             own = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
-            adapter = {f"adapter.{name}": _plain(value) for name, value in config.items() if name not in own}
+            adapter = {f"adapter.{name}": _plain(v) for name, v in config.to_dict().items() if name not in own}
+            self._defaults |= {f"adapter.{name}": value for name, value in _defaults_of(config).items()}
         # In the order in which differences are told.
         self.settings: dict[str, Any] = {
             "method": trainer._name,
@@ -545,11 +554,10 @@ class Run:
             raise ValueError(f"Found no `global_step` in {checkpoint / 'trainer_state.json'}: {damaged}.")
 
     def _compare(self, recorded: dict[str, Any], checkpoint: Path) -> None:
-        defaults = {field.name: _plain(field.default) for field in dataclasses.fields(self.args) if field.init}
         different = []
         for name in dict.fromkeys([*self.settings, *(name for name in recorded if name.startswith("adapter."))]):
             # What an earlier version did not record had its default.
-            before, now = recorded.get(name, defaults.get(name)), self.settings.get(name)
+            before, now = (found.get(name, self._defaults.get(name)) for found in (recorded, self.settings))
             same = before == now
             if name == "base model":  # by its weights, wherever it was loaded from
                 same = str(before).split("(")[-1] == str(now).split("(")[-1]
@@ -682,4 +690,12 @@ class Run:
                 self._held = False
 
 
-__all__ = ["Run", "check_output_dir", "check_start", "check_writable", "data_fingerprint", "weights_fingerprint"]
+__all__ = [
+    "Run",
+    "check_folder",
+    "check_output_dir",
+    "check_start",
+    "check_writable",
+    "data_fingerprint",
+    "weights_fingerprint",
+]
