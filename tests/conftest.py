@@ -17,6 +17,7 @@ if "pytest" in sys.modules:  # and not a process that a test has started, which 
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="trl-diffusion-tests-")
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -53,8 +54,12 @@ def refused(capsys):
         from trl_diffusion.cli import main
 
         capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main(list(map(str, argv)))
+        datasets.disable_progress_bars()  # as the command does, before the library is imported
+        try:
+            with pytest.raises(SystemExit) as exit_:
+                main(list(map(str, argv)))
+        finally:
+            datasets.enable_progress_bars()
         lines = capsys.readouterr().err.strip().splitlines()
         assert exit_.value.code == 2
         assert len(lines) == 1, "\n".join(lines)

@@ -1368,3 +1368,12 @@ def test_a_family_that_was_not_added(toy, monkeypatch):
     families.FAMILIES.remove(Toy)
     with pytest.raises(ValueError, match=r"class ToyPipeline, which no family handles; expected one of \['Stable"):
         family_of(toy)
+
+
+def test_an_index_without_a_class_is_named(tmp_path, no_weights):
+    save_configs(tiny.tiny_stable_diffusion(), tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    del index["_class_name"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"Found no `_class_name` in the model_index.json of .*: save it again"):
+        resolve_model(str(tmp_path))

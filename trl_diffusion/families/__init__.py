@@ -105,6 +105,11 @@ def read_index(model: str, **kwargs: Any) -> dict[str, Any]:
     redact_logs()
     _check_folder(model)
     index: Any = DiffusionPipeline.load_config(model, **_which_files(kwargs))
+    if "_class_name" not in index:
+        raise ValueError(
+            f"Found no `_class_name` in the model_index.json of {model!r}, expected that of a diffusers pipeline: save "
+            "it again with `pipeline.save_pretrained`."
+        )
     return index
 
 

@@ -377,10 +377,9 @@ class DiffusionConfig(_BaseConfig):
             # TRL's default of True is refused by TrainingArguments on a machine without an accelerator.
             self.bf16 = False
         # TRL's configuration still has transformers' old names, which would warn each user of its own default.
-        if self.activation_checkpointing is None:
-            self.activation_checkpointing = self.gradient_checkpointing
-        if self.activation_checkpointing_kwargs is None:
-            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+        for name in ("checkpointing", "checkpointing_kwargs"):
+            if getattr(self, f"activation_{name}") is None:
+                setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
         # Before engines and libraries divide by them.
         for name in _NUMBERS:
             if getattr(self, name) is not None:
