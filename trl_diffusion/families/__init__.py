@@ -107,8 +107,8 @@ def read_index(model: str, **kwargs: Any) -> dict[str, Any]:
     index: Any = DiffusionPipeline.load_config(model, **_which_files(kwargs))
     if "_class_name" not in index:
         raise ValueError(
-            f"Found no `_class_name` in the model_index.json of {model!r}, expected that of a diffusers pipeline: save "
-            "it again with `pipeline.save_pretrained`."
+            f"Found no `_class_name` in the model_index.json of {model!r}, expected that of a diffusers pipeline: "
+            "save it again with `pipeline.save_pretrained`."
         )
     return index
 
