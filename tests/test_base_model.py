@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from tests.conftest import unpaired
-from tests.tiny import tiny_flux, tiny_stable_diffusion, tiny_stable_diffusion_xl
+from tests.tiny import tiny_flux, tiny_stable_diffusion, tiny_stable_diffusion_3, tiny_stable_diffusion_xl
 from trl_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer
 from trl_diffusion.cli import main
 from trl_diffusion.export import export_lora, export_merged, load_merged
@@ -272,3 +272,19 @@ def test_evaluate_reads_exported_files(place, tmp_path, monkeypatch):
     (lora,) = (s["state"] for s in settings if s["model"] == "lora[1].safetensors")
     assert [name for name, *_ in lora[0]] == ["lora[1].safetensors"]
     assert lora[1] == "other"
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "comfyui", "kohya"])
+@pytest.mark.parametrize(
+    ("other", "found"),
+    [
+        (lambda: tiny_stable_diffusion(block_out_channels=(32, 64)), "one of"),
+        (tiny_stable_diffusion_3, "none|layout 'kohya' is for UNets"),
+    ],
+    ids=["another width", "another family"],
+)
+def test_a_lora_is_not_exported_for_another_base(place, tmp_path, layout, other, found):
+    other().save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=found):
+        export_lora(place / "run", tmp_path / "lora.safetensors", layout=layout, base_model=str(tmp_path / "other"))
+    assert not (tmp_path / "lora.safetensors").exists()

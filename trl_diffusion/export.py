@@ -18,6 +18,7 @@ from typing import Any, Literal, cast
 
 import diffusers
 import torch
+from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
 from diffusers.utils import convert_state_dict_to_kohya
@@ -470,6 +471,7 @@ def export_lora(
     obstacle = lora_obstacle(config, family, layout, (key.split(".lora_")[0] for key in weights))
     if obstacle is not None:
         raise ValueError(obstacle)
+    _check_fits(name, weights, base, family)
     metadata = {"format": "pt", LAYOUT: layout, BASE_MODEL: base}
     if layout != "diffusers" and family.denoiser_name == "unet":
         tensors, about = _for_unet(weights, config, base, index, layout)
@@ -487,6 +489,25 @@ def export_lora(
         with safe_open(f"{folder}/lora.safetensors", "pt") as file:
             metadata |= file.metadata()
         _save(load_file(f"{folder}/lora.safetensors"), output_file, metadata)
+
+
+def _check_fits(name: str, weights: dict[str, torch.Tensor], base: str, family: type[Family]) -> None:
+    """Raises `ValueError` where a LoRA has other modules, or modules of another size, than its base, by the latter's
+    configuration."""
+    kind = getattr(diffusers, family.denoiser_class)
+    with init_empty_weights():
+        denoiser = kind.from_config(kind.load_config(base, subfolder=family.denoiser_name))
+    sizes = {module: parameter.shape for module, parameter in denoiser.named_parameters()}
+    for key in [key for key in weights if key.endswith(".lora_A.weight")]:
+        module = key.removesuffix(".lora_A.weight")
+        size, up = sizes.get(f"{module}.weight"), weights[f"{module}.lora_B.weight"]
+        if size is None or len(size) < 2 or (size[0], size[1]) != (up.shape[0], weights[key].shape[1]):
+            found = "none" if size is None else f"one of {tuple(size)}"
+            raise ValueError(
+                f"The adapter {name!r} is for a module {module!r} of ({up.shape[0]}, {weights[key].shape[1]}), found "
+                f"{found} in the base {base!r}: pass the model that it was trained on as `base_model` "
+                "(`--base_model`)."
+            )
 
 
 def _cast(tensors: dict[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
