@@ -402,11 +402,11 @@ def repainted() -> Dataset:
         ({"data_seed": 7}, r"`data_seed` 42, found 7"),
         ({"random_flip": True}, r"`random_flip` False, found True"),
         ({"proportion_empty_prompts": 0.1}, r"`proportion_empty_prompts` 0\.2, found 0\.1"),
-        ({"per_device_train_batch_size": 2}, r"`examples_per_step` 4, found 2"),
-        ({"gradient_accumulation_steps": 2}, r"`examples_per_step` 4, found 8"),
+        ({"per_device_train_batch_size": 2}, r"rows of a step \(batch x accumulation x processes\) 4, found 2"),
+        ({"gradient_accumulation_steps": 2}, r"rows of a step \(batch x accumulation x processes\) 4, found 8"),
         (
             {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
-            r"has `rows_per_window` 4, found 2: resume",
+            r"has rows of a window 4, found 2: resume",
         ),
         ({"resolution": 8}, r"image sizes \['16'\], found \['8'\]"),
         (

@@ -37,7 +37,7 @@ RECORD = "run.json"
 LOCK, HOLDER = "_lock", "_lock.json"
 
 MAY_CHANGE = frozenset(
-    # Where and how it runs. What a step computes is recorded as `examples_per_step` and `rows_per_window`.
+    # Where and how it runs. What a step computes is recorded as rows of a step and of a window.
     "per_device_train_batch_size gradient_accumulation_steps auto_find_batch_size use_cpu local_rank deepspeed fsdp "
     "fsdp_config accelerator_config parallelism_config ddp_find_unused_parameters ddp_bucket_cap_mb "
     "ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout dataloader_num_workers dataloader_pin_memory "
@@ -504,8 +504,8 @@ class Run:
             "training rows": trainer.num_train_rows,
             "training data": data[:12],
             **adapter,
-            "examples_per_step": trainer.examples_per_step,
-            "rows_per_window": trainer.rows_per_window,
+            "rows of a step (batch x accumulation x processes)": trainer.examples_per_step,
+            "rows of a window": trainer.rows_per_window,
             "image sizes": [show_size(size) for size in trainer.image_sizes],
             **options,
             "timestep_sampling": self.args.timestep_sampling or trainer.family.timestep_sampling,
