@@ -95,8 +95,8 @@ def calibrate_beta(trainer, *, gradient_factor: float = 0.5, betas: tuple[float,
     The steps are the trainer's own at a `beta` of 1, where the sigmoid does not saturate. Adam divides a gradient by
     its size, so that larger betas take nearly the same steps until they saturate. Nearly: gradient clipping
     (`max_grad_norm`) and Adam's `eps` see the scale of the loss. Ten steps of DPO on examples/emoji moved the
-    log-ratios by 0.213 (root mean square), and by 0.205 with the loss multiplied by 200. Take the result as an
-    estimate.
+    log-ratios by 0.213 (root mean square), and by 0.205 with the loss multiplied by 200 or 5000; without clipping by
+    0.213 at all three scales. Take the result as an estimate.
 
     The log-ratios are those of `trainer.predict` on the training data with the fixed noise of evaluation, and the
     gradient factors are the metric `health/gradient_factor` that the trainer computes from them.
