@@ -25,6 +25,7 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
 from tests.tiny import tiny_clip, tiny_stable_diffusion
+from trl_diffusion import redaction
 
 
 torch.set_num_threads(1)
@@ -44,6 +45,13 @@ def clip_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny-clip"
     tiny_clip(folder)
     return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def no_secrets_of_other_tests():
+    """What was once a secret in this process would be redacted for ever."""
+    yield
+    redaction._known.clear()
 
 
 @pytest.fixture

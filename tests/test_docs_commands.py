@@ -163,7 +163,7 @@ def test_commands_run(page, tmp_path, monkeypatch):
             if name in BUILDERS and name not in there:
                 BUILDERS[name](tmp_path / name)
                 there.add(name)
-        command = " ".join(words[1:3]) if words[1] in ("beta", "data") else words[1]
+        command = " ".join(words[1:3]) if words[1] in ("beta", "data") or "--estimate" in words else words[1]
         written = words[words.index("--output_dir") + 1] if "--output_dir" in words else None
         main([*words[1:], *shlex.split(SHORT.get(command, ""))])
         if written is not None:

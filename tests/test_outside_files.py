@@ -297,3 +297,13 @@ def test_every_converter_can_be_allowed():
     for name in dir(converters):
         if name.startswith("from_"):
             assert "allow_outside" in getattr(converters, name).__kwdefaults__, name
+
+
+def test_a_relative_folder_is_that_of_the_present(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / name / "data").mkdir(parents=True)
+        (tmp_path / name / "data" / "a.png").touch()
+        monkeypatch.chdir(tmp_path / name)
+        check_inside("data/a.png", "data", "row 0")
+        with pytest.raises(ValueError, match=r"expected a file inside the folder 'data'"):
+            check_inside("../one/data/../other.png", "data", "row 0")

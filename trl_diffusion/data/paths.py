@@ -18,8 +18,16 @@ from .formats import AnyDataset, declare_columns
 # Rows in memory at a time: images of a megabyte each make 200 MB of a batch of pairs.
 BATCH_SIZE = 100
 
-# Asked for each file, and the same for all of them.
-_real_folder = functools.cache(os.path.realpath)
+
+@functools.cache
+def _real_path(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def _real_folder(folder: str | os.PathLike) -> str:
+    """Asked for each file and the same for all of them, as long as the process stays in its working directory."""
+    return _real_path(os.path.abspath(folder))
+
 
 # Read through the Hub's interface, with the user's token, and never from this machine.
 _HUB = ("hf://", "https://huggingface.co/")
