@@ -27,6 +27,7 @@ from ..bench.measure import as_text, measure, synthetic_data
 from ..bench.pipelines import RANDOM, random_pipeline
 from ..bench.turns import compare, comparison_as_text
 from ..families import check_before_loading, family_of, load_pipeline
+from ..trainer.base_config import PreferenceConfig
 from .arguments import ModelArguments, ScriptArguments
 from .errors import Parser, check_output_file, positive_int, suggestion
 from .inputs import ConfigParser, check_model, read_config
@@ -263,7 +264,7 @@ class Recipe:
                 f"Found accelerate_config={engine!r}, expected one of {[*SHARDED]}; give it as `--engine`"
             )
         lora = options["use_peft"]
-        images = 2 if method in ("dpo", "rpo") else 1
+        images = len(getattr(trl_diffusion, f"{METHODS[method]}Trainer").image_columns)
         return cls(
             model=sources[options["model_name_or_path"]],
             mode=Mode(
@@ -281,7 +282,7 @@ class Recipe:
                 for name in ("activation_checkpointing", "gradient_checkpointing")
                 if options[name] is not None
             ),
-            reference=method != "sft" and not options["precompute_ref_log_probs"],
+            reference=issubclass(config_class, PreferenceConfig) and not options["precompute_ref_log_probs"],
             cached_features=options["cache_features"],
             average=options["ema_decay"] is not None,
         )
